@@ -1,0 +1,1 @@
+"""What Stillroom is: specs, jobs, kinds and algorithms. Imports neither api nor workers."""

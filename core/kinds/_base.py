@@ -1,0 +1,127 @@
+"""What a kind is: a spec, a plan of stages, and how to run one chunk. Torch-free."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from core.registry import scan
+from core.specs.base import JobSpec
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Chunks that run alike.
+
+    *fanned*: independent of each other. *chained*: chunk i starts from what chunk i-1 made.
+    A stage starts when the one before it is complete.
+    """
+
+    name: str
+    chunks: int
+    mode: Literal["fanned", "chained"] = "fanned"
+
+
+@dataclass(frozen=True)
+class Produced:
+    """One file a chunk made, inside its working folder, or a stored blob it found again."""
+
+    path: Path
+    format: str
+    """What the bytes are: ``pairs``, ``federated_model``, ``targets``, ``student`` ..."""
+    file_name: str
+    """The name a person gets when downloading."""
+    media_type: str = "application/octet-stream"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Small facts a later plan needs (rows, dim, clusters); a function of the bytes alone."""
+    cache_key: str | None = None
+    """Where set, the same work in any other job finds these bytes under this key."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One point of a curve."""
+
+    name: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What a chunk hands over; the runner stores it and writes the rows, once."""
+
+    outputs: Mapping[str, Produced] = field(default_factory=dict)
+    """Shown to the user as the job's artifacts, by name."""
+    checkpoints: Mapping[str, Produced] = field(default_factory=dict)
+    """Read by later chunks of the job; listed under checkpoints."""
+    metrics: Sequence[Metric] = ()
+    stage_done: bool = False
+    """A chained stage may end early: the chunks left in it are skipped."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input artifact as a kind sees it when planning."""
+
+    sha256: str
+    format: str
+    meta: Mapping[str, Any]
+
+
+class Chunk(Protocol):
+    """All a kind sees of the world while it runs one chunk."""
+
+    job_id: str
+    stage: str
+    index: int
+    """Within the stage, from 0."""
+    chunks: int
+    """Of the stage."""
+    workdir: Path
+    """Empty, private to this attempt, removed afterwards."""
+    device: str
+    """``cpu`` or ``cuda:0``."""
+
+    def progress(self, done: float, total: float) -> None:
+        """Tell how far the chunk is. Call it every few seconds at least.
+
+        Raises:
+            LeaseLost: another attempt owns the chunk.
+            Cancelled: the job was cancelled.
+        """
+
+    def input(self, field_name: str) -> Input:
+        """Return the artifact a spec field names."""
+
+    def fetch(self, sha256: str) -> Path:
+        """Return a read-only local path of a stored blob."""
+
+    def outputs(self, stage: str) -> Sequence[Mapping[str, Produced]]:
+        """Return what each chunk of an earlier stage (or of this one so far) made, in order.
+
+        Outputs and checkpoints together, by name, paths readable.
+        """
+
+    def cached(self, key: str) -> Produced | None:
+        """Return what any earlier chunk stored under this cache key."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of job. ``stages`` runs in the API: torch-free, from the inputs' meta alone."""
+
+    spec: type[JobSpec]
+    stages: Callable[[Any, Mapping[str, Input]], Sequence[Stage]]
+    """May raise SpecInvalid where the inputs do not fit the spec (dimensions, missing columns)."""
+    run_chunk: Callable[[Any, Chunk], ChunkResult]
+    summary: str
+    example: Mapping[str, Any]
+    """A spec that validates, shown in the docs."""
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    """Name -> format of what a finished job offers, so that a chain can be checked when posted."""
+
+
+def kinds() -> Mapping[str, Kind]:
+    """Return every kind by name."""
+    return scan("core.kinds", "KIND", Kind)

@@ -1,0 +1,1 @@
+"""What may be asked: pydantic models, frozen and closed. No torch, no SQL."""

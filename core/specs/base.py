@@ -1,0 +1,65 @@
+"""What every job spec shares, and how a spec names the artifacts it reads."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+REFERENCE = r"^([0-9a-f]{64}|job_[0-9a-hjkmnp-tv-z]{26}/[a-z][a-z0-9_]{0,63})$"
+"""An artifact's SHA-256, or ``job_id/output`` for what another job will make."""
+
+Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+
+
+class Closed(BaseModel):
+    """Frozen, and an unknown field is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Marks a spec field as an input artifact of one of these formats."""
+
+    formats: tuple[str, ...]
+
+    def __init__(self, *formats: str) -> None:
+        object.__setattr__(self, "formats", formats)
+
+
+Reference = Annotated[str, StringConstraints(pattern=REFERENCE)]
+
+
+class JobSpec(Closed):
+    """What every job may say about itself, beside what its kind asks for."""
+
+    kind: str
+    name: str | None = Field(None, min_length=1, max_length=200, description="Shown in lists.")
+    priority: int = Field(50, ge=0, le=100, description="Higher runs first.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Every random choice derives from it.")
+    labels: dict[Label, Label] = Field(
+        default_factory=dict, max_length=16, description="Free tags to filter by."
+    )
+
+
+def inputs_of(spec: type[JobSpec]) -> dict[str, Reads]:
+    """Return the fields of ``spec`` that name artifacts, with the formats each accepts.
+
+    Works on ``Annotated[Reference, Reads("pairs")]``, with or without ``| None``.
+    """
+    found: dict[str, Reads] = {}
+    for name, field in spec.model_fields.items():
+        for mark in (*field.metadata, *_marks(field.annotation)):
+            if isinstance(mark, Reads):
+                found[name] = mark
+    return found
+
+
+def _marks(annotation: Any) -> list[Any]:
+    """Collect Annotated metadata inside a union such as ``Annotated[...] | None``."""
+    marks: list[Any] = list(getattr(annotation, "__metadata__", ()))
+    for part in get_args(annotation):
+        marks += getattr(part, "__metadata__", ())
+    return marks

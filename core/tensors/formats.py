@@ -1,0 +1,213 @@
+"""The data formats: pairs and federated models, their files, and what makes one invalid."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.errors import DataInvalid
+from core.tensors import shards
+from core.tensors.shards import Array
+
+FLOATS = ("float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Queries and the targets they belong to, row by row."""
+
+    ids: list[str]
+    """[Q] unique."""
+    queries: Array
+    """[Q, d] float16, float32 or float64, finite, no zero rows."""
+    targets: Array
+    """[Q, d] same dtype rules."""
+    groups: list[str] | None = None
+    """[Q] a label per row, or none."""
+
+    def meta(self) -> dict[str, Any]:
+        """Return the facts a plan needs."""
+        rows, dim = self.queries.shape
+        return {"rows": rows, "dim": dim, "groups": self.groups is not None}
+
+
+def check_embeddings(name: str, array: Array) -> None:
+    """Raise DataInvalid unless ``array`` is [n >= 1, d >= 2], a float dtype, finite, non-zero."""
+    if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
+        raise DataInvalid(f"{name}: shape {list(array.shape)}; needed [rows >= 1, dim >= 2]")
+    if array.dtype.name not in FLOATS:
+        raise DataInvalid(f"{name}: dtype {array.dtype}; allowed: {', '.join(FLOATS)}")
+    finite = np.isfinite(array).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise DataInvalid(
+            f"{name}: row {row} holds NaN or infinity ({int((~finite).sum())} such rows in all); "
+            "remove those rows or embed them again"
+        )
+    zero = ~array.any(axis=1)
+    if zero.any():
+        row = int(np.argmax(zero))
+        raise DataInvalid(f"{name}: row {row} is all zeros; a direction is needed, remove the row")
+
+
+def check_pairs(pairs: Pairs) -> None:
+    """Raise DataInvalid naming the field, the value and the fix."""
+    check_embeddings("query_embeddings", pairs.queries)
+    check_embeddings("target_embeddings", pairs.targets)
+    if pairs.queries.shape != pairs.targets.shape:
+        raise DataInvalid(
+            f"target_embeddings: shape {list(pairs.targets.shape)} beside query_embeddings "
+            f"{list(pairs.queries.shape)}; both must be the same"
+        )
+    for name, texts in (("ids", pairs.ids), ("groups", pairs.groups)):
+        if texts is not None and len(texts) != len(pairs.queries):
+            raise DataInvalid(f"{name}: {len(texts)} entries for {len(pairs.queries)} rows")
+    twice = [name for name, count in Counter(pairs.ids).items() if count > 1]
+    if twice:
+        raise DataInvalid(
+            f"ids: {twice[0]!r} appears more than once ({len(twice)} such ids); make ids unique"
+        )
+
+
+def save_pairs(path: Path, pairs: Pairs) -> None:
+    """Write a checked set of pairs as one .safetensors."""
+    check_pairs(pairs)
+    tensors = {"query_embeddings": pairs.queries, "target_embeddings": pairs.targets}
+    tensors["ids"], tensors["ids_offsets"] = shards.pack_text(pairs.ids)
+    if pairs.groups is not None:
+        tensors["groups"], tensors["groups_offsets"] = shards.pack_text(pairs.groups)
+    shards.save(path, tensors, {"format": "pairs", "version": 1, **pairs.meta()})
+
+
+def load_pairs(path: Path) -> Pairs:
+    """Read what save_pairs wrote."""
+    tensors, _ = shards.load(path)
+    groups = None
+    if "groups" in tensors:
+        groups = shards.unpack_text(tensors["groups"], tensors["groups_offsets"])
+    return Pairs(
+        ids=shards.unpack_text(tensors["ids"], tensors["ids_offsets"]),
+        queries=tensors["query_embeddings"],
+        targets=tensors["target_embeddings"],
+        groups=groups,
+    )
+
+
+@dataclass(frozen=True)
+class Federated:
+    """A federated model: one rotation per cluster, and the training queries that route to it.
+
+    ``y = q @ (scales[c] * rotations[c])`` is cluster c's map; ``anchor`` is the global rotation G
+    that the clusters' rotations were fitted around (the identity where there was none).
+    """
+
+    rotations: Array
+    """[C, d, d] float32, orthogonal with determinant +1."""
+    scales: Array
+    """[C] float32, > 0; one where the model never scales."""
+    anchor: Array
+    """[d, d] float32, a rotation."""
+    centroids: Array
+    """[C, d] float32, of the clusters' training queries."""
+    queries: Array
+    """[n, d] float32, training queries."""
+    targets: Array
+    """[n, d] float32, their targets."""
+    cluster_of: Array
+    """[n] int64 in [0, C)."""
+    train_rows: Array
+    """[n] int64: rows of the pairs the model was fitted on; 0..n-1 for an imported model."""
+    held_out_rows: Array
+    """[h] int64: rows of the pairs never seen; empty for an imported model."""
+    manifest: dict[str, Any]
+    """temperature, how it was fitted, what was mended on import."""
+
+    def meta(self) -> dict[str, Any]:
+        """Return the facts a plan needs."""
+        clusters, dim, _ = self.rotations.shape
+        return {
+            "clusters": clusters,
+            "dim": dim,
+            "rows": len(self.queries),
+            "held_out": len(self.held_out_rows),
+            "temperature": self.manifest["temperature"],
+        }
+
+
+_FEDERATED_TENSORS = {
+    "rotations": "rotations",
+    "scales": "scales",
+    "anchor": "anchor",
+    "centroids": "centroids",
+    "query_embeddings": "queries",
+    "target_embeddings": "targets",
+    "cluster_of": "cluster_of",
+    "train_rows": "train_rows",
+    "held_out_rows": "held_out_rows",
+}
+
+
+def check_federated(model: Federated) -> None:
+    """Raise DataInvalid naming the field, the value and the fix."""
+    clusters, dim, _ = model.rotations.shape
+    check_embeddings("query_embeddings", model.queries)
+    check_embeddings("target_embeddings", model.targets)
+    expected = {
+        "rotations": (clusters, dim, dim),
+        "scales": (clusters,),
+        "anchor": (dim, dim),
+        "centroids": (clusters, dim),
+        "queries": (len(model.queries), dim),
+        "targets": (len(model.queries), dim),
+        "cluster_of": (len(model.queries),),
+        "train_rows": (len(model.queries),),
+    }
+    for name, shape in expected.items():
+        found = getattr(model, name).shape
+        if found != shape:
+            raise DataInvalid(f"{name}: shape {list(found)}; needed {list(shape)}")
+    for name in ("rotations", "scales", "anchor", "centroids"):
+        if not np.isfinite(getattr(model, name)).all():
+            raise DataInvalid(f"{name}: holds NaN or infinity")
+    check_clusters(model.cluster_of, clusters)
+    _check_rotations(model.rotations)
+
+
+def check_clusters(cluster_of: Array, clusters: int) -> None:
+    """Raise DataInvalid where a row's cluster does not exist or a cluster has no row."""
+    outside = (cluster_of < 0) | (cluster_of >= clusters)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise DataInvalid(
+            f"cluster_of: row {row} names cluster {cluster_of[row]}; there are {clusters}"
+        )
+    sizes = np.bincount(cluster_of, minlength=clusters)
+    if (sizes == 0).any():
+        empty = int(np.argmin(sizes))
+        raise DataInvalid(f"cluster {empty} is empty: no training query belongs to it; drop it")
+
+
+def _check_rotations(rotations: Array) -> None:
+    dim = rotations.shape[1]
+    for index, rotation in enumerate(rotations):
+        wide = rotation.astype(np.float64)
+        off = float(np.abs(wide.T @ wide - np.eye(dim)).max())
+        if off > 1e-4:
+            raise DataInvalid(f"rotations: cluster {index} is off orthogonal by {off:.3g}")
+
+
+def save_federated(path: Path, model: Federated) -> None:
+    """Write a checked federated model as one .safetensors."""
+    check_federated(model)
+    tensors = {name: getattr(model, field) for name, field in _FEDERATED_TENSORS.items()}
+    manifest = {**model.manifest, "format": "federated_model", "version": 1, **model.meta()}
+    shards.save(path, tensors, manifest)
+
+
+def load_federated(path: Path) -> Federated:
+    """Read what save_federated wrote."""
+    tensors, manifest = shards.load(path)
+    fields = {field: tensors[name] for name, field in _FEDERATED_TENSORS.items()}
+    return Federated(**fields, manifest=manifest)

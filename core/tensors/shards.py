@@ -1,0 +1,68 @@
+"""Safetensors files with one JSON manifest in the header. Torch-free; the same bytes every time."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from core.errors import DataInvalid
+
+Array = NDArray[Any]
+
+
+def save(path: Path, tensors: Mapping[str, Array], manifest: Mapping[str, Any]) -> None:
+    """Write tensors and manifest; equal arguments give equal bytes."""
+    header = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    contiguous = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    # One metadata key only: the library writes several in the order of a random hash.
+    save_file(contiguous, str(path), metadata={"manifest": header})
+
+
+def load(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read every tensor and the manifest (empty where the file has none).
+
+    Raises:
+        DataInvalid: the file is not safetensors, is truncated, or its manifest is not JSON.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, _manifest(file.metadata())
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise DataInvalid(f"not a readable .safetensors file: {error}") from error
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest alone, whatever the file's size."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return _manifest(file.metadata())
+    except (SafetensorError, ValueError) as error:
+        raise DataInvalid(f"not a readable .safetensors file: {error}") from error
+
+
+def _manifest(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    found = json.loads((metadata or {}).get("manifest", "{}"))
+    if not isinstance(found, dict):
+        raise DataInvalid("the manifest in the header must be a JSON object")
+    return found
+
+
+def pack_text(texts: list[str]) -> tuple[Array, Array]:
+    """Return UTF-8 bytes [total] uint8 and offsets [n + 1] int64: text as tensors."""
+    encoded = [text.encode() for text in texts]
+    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in encoded], out=offsets[1:])
+    return np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets
+
+
+def unpack_text(data: Array, offsets: Array) -> list[str]:
+    """Undo pack_text."""
+    raw = data.tobytes()
+    bounds = offsets.tolist()
+    return [raw[a:b].decode() for a, b in zip(bounds, bounds[1:], strict=False)]
