@@ -1,0 +1,1 @@
+"""What runs chunks: one process per device."""

@@ -1,5 +1,6 @@
 """Safetensors files with one JSON manifest in the header. Torch-free; the same bytes every time."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,4 +66,4 @@ def unpack_text(data: Array, offsets: Array) -> list[str]:
     """Undo pack_text."""
     raw = data.tobytes()
     bounds = offsets.tolist()
-    return [raw[a:b].decode() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [raw[a:b].decode() for a, b in itertools.pairwise(bounds)]

@@ -1,0 +1,1 @@
+"""SQL: the truth about jobs."""

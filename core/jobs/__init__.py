@@ -1,0 +1,1 @@
+"""The life of a job: submitted, planned, claimed, run, finished."""

@@ -1,0 +1,28 @@
+"""What happened to a job, in order: written with the change itself, read by id."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.db.models import Event
+
+TERMINAL_EVENTS = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
+
+
+def record(session: Session, job_id: str, kind: str, *, now: datetime, **data: Any) -> None:
+    """Append an event in the caller's transaction."""
+    session.add(Event(job_id=job_id, type=kind, data=data, at=now))
+
+
+def list_events(session: Session, job_id: str, *, after: int, limit: int) -> Sequence[Event]:
+    """Return up to ``limit`` events of a job whose id is greater than ``after``, in order."""
+    query = (
+        select(Event)
+        .where(Event.job_id == job_id, Event.id > after)
+        .order_by(Event.id)
+        .limit(limit)
+    )
+    return session.scalars(query).all()

@@ -1,0 +1,206 @@
+"""From a spec whose inputs exist to chunks: resolve references, ask the kind, insert rows."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.orm import Session
+
+from core.db.models import Artifact, Chunk, Job, JobInput, Output
+from core.errors import Conflict, SpecInvalid, StillroomError, UpstreamFailed
+from core.jobs import events
+from core.jobs.states import OPEN_CHUNKS, TERMINAL, ChunkState, JobState, move
+from core.kinds._base import Input, Kind, Stage, kinds
+from core.specs.base import SHA256, JobSpec, Reads, inputs_of
+
+CHUNKS_LIMIT = 200_000
+
+
+def resolve(session: Session, spec: JobSpec) -> list[JobInput]:
+    """Check every reference of a spec and return its rows (``job_id`` still unset).
+
+    Raises:
+        SpecInvalid: a reference names nothing, a job that failed, or another format.
+    """
+    rows = []
+    for field, reads in inputs_of(type(spec)).items():
+        reference = getattr(spec, field)
+        if reference is None:
+            continue
+        try:
+            rows.append(_resolve_one(session, field, reference, reads))
+        except StillroomError as error:
+            raise SpecInvalid(error.message, pointer=f"/{field}") from error
+    return rows
+
+
+def _resolve_one(session: Session, field: str, reference: str, reads: Reads) -> JobInput:
+    if SHA256.fullmatch(reference):
+        artifact = session.get(Artifact, reference)
+        if artifact is None:
+            raise SpecInvalid(f"no artifact {reference}; upload it first")
+        _check_format(f"artifact {reference[:12]}…", artifact.format, reads)
+        return JobInput(field=field, sha256=reference)
+    job_id, _, name = reference.partition("/")
+    upstream = session.get(Job, job_id)
+    if upstream is None:
+        raise SpecInvalid(f"no job {job_id}")
+    offered = kinds()[upstream.kind].outputs
+    if name not in offered:
+        allowed = ", ".join(sorted(offered))
+        raise SpecInvalid(f"a {upstream.kind} job makes no {name!r}; it makes: {allowed}")
+    _check_format(reference, offered[name], reads)
+    if upstream.state in {JobState.FAILED, JobState.CANCELLED, JobState.CANCELLING}:
+        raise SpecInvalid(f"job {job_id} is {upstream.state}: it will not make {name!r}")
+    found = _made(session, job_id, name) if upstream.state == JobState.SUCCEEDED else None
+    return JobInput(field=field, upstream_id=job_id, upstream_output=name, sha256=found)
+
+
+def _check_format(what: str, found: str, reads: Reads) -> None:
+    if found not in reads.formats:
+        raise SpecInvalid(f"{what} is of format {found!r}; needed: {', '.join(reads.formats)}")
+
+
+def _made(session: Session, job_id: str, name: str) -> str | None:
+    query = select(Output.sha256).where(
+        Output.job_id == job_id, Output.name == name, Output.role == "artifact"
+    )
+    return session.scalar(query.order_by(Output.chunk_id.desc()).limit(1))
+
+
+def parse_spec(job: Job) -> JobSpec:
+    """Return a stored spec as its kind's class.
+
+    Raises:
+        SpecInvalid: the product's rules changed since the job was submitted.
+    """
+    try:
+        return kind_of(job).spec.model_validate(job.spec)
+    except ValidationError as error:
+        raise SpecInvalid(f"the stored spec is no longer valid: {error}") from error
+
+
+def kind_of(job: Job) -> Kind:
+    """Return the kind of a job; SpecInvalid where the product no longer has it."""
+    try:
+        return kinds()[job.kind]
+    except KeyError:
+        raise SpecInvalid(f"this version knows no kind {job.kind!r}") from None
+
+
+def job_inputs(session: Session, job_id: str) -> dict[str, Input]:
+    """Return a job's resolved inputs by spec field."""
+    query = (
+        select(JobInput, Artifact)
+        .join(Artifact, Artifact.sha256 == JobInput.sha256)
+        .where(JobInput.job_id == job_id)
+    )
+    return {
+        row.field: Input(artifact.sha256, artifact.format, artifact.meta)
+        for row, artifact in session.execute(query)
+    }
+
+
+def plan(session: Session, job: Job, spec: JobSpec, *, now: datetime) -> None:
+    """Insert the chunks of a job whose inputs all exist, and queue it."""
+    stages = [
+        stage for stage in kind_of(job).stages(spec, job_inputs(session, job.id)) if stage.chunks
+    ]
+    total = sum(stage.chunks for stage in stages)
+    if not 1 <= total <= CHUNKS_LIMIT:
+        raise SpecInvalid(f"the job would have {total} chunks; allowed: 1 to {CHUNKS_LIMIT}")
+    session.execute(insert(Chunk), list(_chunk_rows(job.id, stages)))
+    if job.state == JobState.WAITING:
+        move(session, job, JobState.QUEUED, now=now)
+    facts = [{"stage": s.name, "chunks": s.chunks, "mode": s.mode} for s in stages]
+    events.record(session, job.id, "job.planned", now=now, stages=facts)
+
+
+def _chunk_rows(job_id: str, stages: list[Stage]) -> Iterator[dict[str, Any]]:
+    for stage_index, stage in enumerate(stages):
+        for index in range(stage.chunks):
+            chained = stage.mode == "chained"
+            first = stage_index == 0 and (index == 0 or not chained)
+            yield {
+                "job_id": job_id,
+                "stage": stage.name,
+                "stage_index": stage_index,
+                "index": index,
+                "chained": chained,
+                "state": ChunkState.READY if first else ChunkState.BLOCKED,
+                "attempt": 0,
+                "failures": 0,
+                "progress": 0.0,
+                "seconds": 0.0,
+            }
+
+
+def on_succeeded(session: Session, job: Job, *, now: datetime) -> None:
+    """Hand a finished job's outputs to the jobs that wait for them, and plan those now whole."""
+    waiting = session.scalars(select(JobInput).where(JobInput.upstream_id == job.id)).all()
+    for row in waiting:
+        row.sha256 = _made(session, job.id, row.upstream_output or "")
+    session.flush()
+    for job_id in sorted({row.job_id for row in waiting}):
+        downstream = session.get_one(Job, job_id, with_for_update=True)
+        if downstream.state != JobState.WAITING or _unresolved(session, job_id):
+            continue
+        try:
+            plan(session, downstream, parse_spec(downstream), now=now)
+        except StillroomError as error:
+            fail(session, downstream, error, now=now)
+
+
+def _unresolved(session: Session, job_id: str) -> int:
+    query = select(func.count()).where(JobInput.job_id == job_id, JobInput.sha256.is_(None))
+    return session.scalar(query) or 0
+
+
+def fail(
+    session: Session,
+    job: Job,
+    error: StillroomError,
+    *,
+    now: datetime,
+    chunk: Chunk | None = None,
+) -> None:
+    """End a job, and every job that waits for its outputs, with the reason."""
+    facts: dict[str, object] = {
+        "code": error.code(),
+        "message": error.message,
+        "retryable": error.retryable,
+        "chunk": {"stage": chunk.stage, "index": chunk.index} if chunk else None,
+    }
+    _end(session, job, JobState.FAILED, now=now, error=facts)
+
+
+def end_cancelled(session: Session, job: Job, *, now: datetime) -> None:
+    """End a job because its owner asked."""
+    _end(session, job, JobState.CANCELLED, now=now, error=None)
+
+
+def _end(
+    session: Session, job: Job, state: JobState, *, now: datetime, error: dict[str, object] | None
+) -> None:
+    move(session, job, state, now=now, error=error)
+    still_open = (*OPEN_CHUNKS, ChunkState.RUNNING)
+    session.execute(
+        update(Chunk)
+        .where(Chunk.job_id == job.id, Chunk.state.in_(still_open))
+        .values(state=ChunkState.CANCELLED, finished_at=now)
+    )
+    events.record(session, job.id, f"job.{state}", now=now, **({"error": error} if error else {}))
+    query = select(JobInput.job_id).where(JobInput.upstream_id == job.id)
+    for job_id in sorted(set(session.scalars(query))):
+        downstream = session.get_one(Job, job_id, with_for_update=True)
+        if downstream.state not in TERMINAL:
+            lost = UpstreamFailed(f"it needs an output of job {job.id}, which {state}")
+            fail(session, downstream, lost, now=now)
+
+
+def check_open(job: Job) -> None:
+    """Raise Conflict where a job is over."""
+    if job.state in TERMINAL:
+        raise Conflict(f"job {job.id} is already {job.state}")

@@ -1,0 +1,253 @@
+"""Runs one chunk: claim, fetch, compute, store, one guarded write. No transaction stays open."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session
+
+from core.artifacts.store import Store
+from core.db.models import Artifact, CacheEntry, Chunk, Job, Output
+from core.db.session import reading, transaction
+from core.errors import Cancelled, ChunkCrashed, LeaseLost, NotFound, OutOfMemory, StillroomError
+from core.jobs import lease, planning, scheduler
+from core.jobs.heartbeat import Heartbeat
+from core.jobs.lease import Claim, Rules, Stored
+from core.kinds._base import ChunkResult, Input, Produced
+from core.specs.base import JobSpec
+
+log = logging.getLogger(__name__)
+
+
+class RunningChunk:
+    """The Chunk that a kind sees: its job's inputs and earlier outputs, and how to report."""
+
+    def __init__(
+        self,
+        runner: "Runner",
+        claim: Claim,
+        inputs: Mapping[str, Input],
+        workdir: Path,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self.job_id = claim.job_id
+        self.stage = claim.stage
+        self.index = claim.index
+        self.chunks = claim.chunks
+        self.workdir = workdir
+        self.device = runner.device
+        self._runner = runner
+        self._inputs = inputs
+        self._heartbeat = heartbeat
+        self.found: set[str] = set()
+
+    def progress(self, done: float, total: float) -> None:
+        """See Chunk.progress."""
+        self._heartbeat.report(min(1.0, done / total) if total > 0 else 1.0)
+
+    def input(self, field_name: str) -> Input:
+        """See Chunk.input."""
+        return self._inputs[field_name]
+
+    def fetch(self, sha256: str) -> Path:
+        """See Chunk.fetch."""
+        return self._runner.store.path(sha256)
+
+    def outputs(self, stage: str) -> Sequence[Mapping[str, Produced]]:
+        """See Chunk.outputs."""
+        with reading(self._runner.engine) as session:
+            rows = _outputs_of_stage(session, self.job_id, stage)
+        by_index: dict[int, dict[str, Produced]] = {}
+        for index, output, artifact in rows:
+            made = self._produced(artifact, file_name=output.file_name)
+            by_index.setdefault(index, {})[output.name] = made
+        return [by_index[index] for index in sorted(by_index)]
+
+    def cached(self, key: str) -> Produced | None:
+        """See Chunk.cached."""
+        with reading(self._runner.engine) as session:
+            entry = session.get(CacheEntry, key)
+            artifact = session.get_one(Artifact, entry.sha256) if entry else None
+        if artifact is None:
+            return None
+        try:
+            found = self._produced(artifact, file_name=artifact.file_name, cache_key=key)
+        except NotFound:
+            # The blob was swept or lost on disk: computing it again mends the cache.
+            return None
+        self.found.add(key)
+        return found
+
+    def _produced(
+        self, artifact: Artifact, *, file_name: str, cache_key: str | None = None
+    ) -> Produced:
+        return Produced(
+            path=self.fetch(artifact.sha256),
+            format=artifact.format,
+            file_name=file_name,
+            media_type=artifact.media_type,
+            meta=artifact.meta,
+            cache_key=cache_key,
+        )
+
+
+def _outputs_of_stage(
+    session: Session, job_id: str, stage: str
+) -> Sequence[tuple[int, Output, Artifact]]:
+    query = (
+        select(Chunk.index, Output, Artifact)
+        .join(Output, Output.chunk_id == Chunk.id)
+        .join(Artifact, Artifact.sha256 == Output.sha256)
+        .where(Chunk.job_id == job_id, Chunk.stage == stage)
+        .order_by(Chunk.index, Output.name)
+    )
+    return [(index, output, artifact) for index, output, artifact in session.execute(query)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Claims chunks for one device and runs them, one at a time."""
+
+    engine: Engine
+    store: Store
+    scratch: Path
+    owner: str
+    device: str
+    clock: Callable[[], datetime]
+    rules: Rules
+    on_stuck: Callable[[], None]
+    """Called from the heartbeat when a chunk neither moves nor stops; ends the process."""
+
+    def run_one(self) -> bool:
+        """Claim and run the best ready chunk; return whether there was one."""
+        claim = self._claim()
+        if claim is None:
+            return False
+        workdir = self.scratch / f"{claim.chunk_id}.{claim.attempt}"
+        workdir.mkdir(parents=True, exist_ok=False)
+        heartbeat = Heartbeat(
+            self.engine, claim, clock=self.clock, rules=self.rules, on_stuck=self.on_stuck
+        )
+        try:
+            with heartbeat:
+                self._run(claim, workdir, heartbeat)
+        except LeaseLost as lost:
+            log.warning("discarded: %s", lost)
+        finally:
+            shutil.rmtree(workdir, ignore_errors=True)
+        return True
+
+    def _claim(self) -> Claim | None:
+        with reading(self.engine) as session:
+            if scheduler.pick(session) is None:
+                return None
+        with transaction(self.engine) as session:
+            best = scheduler.pick(session)
+            if best is None:
+                return None
+            return lease.claim(
+                session, best, owner=self.owner, now=self.clock(), lease=self.rules.lease
+            )
+
+    def _run(self, claim: Claim, workdir: Path, heartbeat: Heartbeat) -> None:
+        """Compute, store and write; every failure becomes one guarded write."""
+        try:
+            stored, result = self._compute(claim, workdir, heartbeat)
+        except LeaseLost:
+            raise
+        except Cancelled:
+            self._write(lambda session: lease.stop(session, claim, now=self.clock()))
+        except StillroomError as error:
+            self._give_up(claim, error)
+        except Exception as error:
+            log.exception("chunk %s of job %s crashed", claim.chunk_id, claim.job_id)
+            self._give_up(claim, _classify(error))
+        else:
+            self._write(
+                lambda session: lease.finish(
+                    session,
+                    claim,
+                    stored=stored,
+                    metrics=result.metrics,
+                    stage_done=result.stage_done,
+                    now=self.clock(),
+                )
+            )
+
+    def _compute(
+        self, claim: Claim, workdir: Path, heartbeat: Heartbeat
+    ) -> tuple[list[Stored], ChunkResult]:
+        spec, inputs, run_chunk = self._prepare(claim)
+        chunk = RunningChunk(self, claim, inputs, workdir, heartbeat)
+        result = run_chunk(spec, chunk)
+        heartbeat.report(1.0)
+        stored = [
+            self._store(name, role, produced, cached=produced.cache_key in chunk.found)
+            for role, made in (("artifact", result.outputs), ("checkpoint", result.checkpoints))
+            for name, produced in made.items()
+        ]
+        return stored, result
+
+    def _prepare(
+        self, claim: Claim
+    ) -> tuple[JobSpec, Mapping[str, Input], Callable[[Any, Any], ChunkResult]]:
+        with reading(self.engine) as session:
+            job = session.get_one(Job, claim.job_id)
+            inputs = planning.job_inputs(session, claim.job_id)
+            return planning.parse_spec(job), inputs, planning.kind_of(job).run_chunk
+
+    def _store(self, name: str, role: str, produced: Produced, *, cached: bool) -> Stored:
+        blob = self.store.put(produced.path)
+        return Stored(
+            name=name,
+            role=role,
+            sha256=blob.sha256,
+            size_bytes=blob.size_bytes,
+            format=produced.format,
+            media_type=produced.media_type,
+            file_name=produced.file_name,
+            meta=dict(produced.meta),
+            cache_key=produced.cache_key,
+            cached=cached,
+        )
+
+    def _give_up(self, claim: Claim, error: StillroomError) -> None:
+        log.warning("job %s: chunk %s/%s: %s", claim.job_id, claim.stage, claim.index, error)
+        self._write(
+            lambda session: lease.give_up(
+                session,
+                claim,
+                error,
+                max_failures=self.rules.max_failures,
+                now=self.clock(),
+            )
+        )
+
+    def _write(self, change: Callable[[Session], None]) -> None:
+        """Write in one transaction; while the database is away, wait: an outage fails no job."""
+        pause = 0.1
+        while True:
+            try:
+                with transaction(self.engine) as session:
+                    change(session)
+                return
+            except OperationalError as outage:
+                log.warning("database away, trying again in %.1f s: %s", pause, outage.orig)
+                time.sleep(pause)
+                pause = min(pause * 2, 5.0)
+
+
+def _classify(error: Exception) -> StillroomError:
+    """Turn what nobody foresaw into an error with a code; the class says if a retry helps."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemory(f"out of memory: {error}")
+    if isinstance(error, DBAPIError):
+        return ChunkCrashed(f"database: {error.orig}")
+    return ChunkCrashed(f"{type(error).__name__}: {error}")

@@ -1,0 +1,252 @@
+"""Files on their way in: parts are appended in order, then checked, imported and adopted."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import IO
+
+from sqlalchemy import Engine, func, select, update
+
+from core.artifacts.sandbox import Imported, Limits, import_file
+from core.artifacts.store import Blob, Store
+from core.db.models import Artifact, Upload
+from core.db.session import insert_new, reading, transaction
+from core.errors import (
+    Conflict,
+    DataInvalid,
+    NotFound,
+    StillroomError,
+    TooLarge,
+    UploadIncomplete,
+)
+from core.jobs.service import new_id
+
+KEPT_FOR = timedelta(days=7)
+"""An unfinished upload is dropped when nobody touched it for so long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uploads:
+    """The one door for bytes from outside. Server-made paths only; names are metadata."""
+
+    engine: Engine
+    store: Store
+    folder: Path
+    scratch: Path
+    clock: Callable[[], datetime]
+    limits: Limits
+    upload_limit_bytes: int
+    open_limit: int
+
+    def create(self, *, file_name: str, size_bytes: int, sha256: str) -> Upload:
+        """Announce a file.
+
+        Raises:
+            TooLarge: the file, or the number of unfinished uploads, passes its limit.
+        """
+        if size_bytes > self.upload_limit_bytes:
+            raise TooLarge(
+                f"size_bytes: {size_bytes}; allowed: up to {self.upload_limit_bytes}",
+                pointer="/size_bytes",
+            )
+        now = self.clock()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        upload = Upload(
+            id=new_id("up"),
+            file_name=file_name,
+            size_bytes=size_bytes,
+            sha256=sha256,
+            state="open",
+            created_at=now,
+            updated_at=now,
+        )
+        with transaction(self.engine) as session:
+            unfinished = select(func.count()).where(Upload.state.in_(("open", "importing")))
+            if (session.scalar(unfinished) or 0) >= self.open_limit:
+                raise TooLarge(
+                    f"{self.open_limit} uploads are unfinished; complete or delete one first"
+                )
+            session.add(upload)
+        self._part(upload.id).touch()
+        return upload
+
+    def get(self, upload_id: str) -> Upload:
+        """Return an upload or raise NotFound."""
+        with reading(self.engine) as session:
+            upload = session.get(Upload, upload_id)
+        if upload is None:
+            raise NotFound(f"no upload {upload_id}")
+        return upload
+
+    def received_bytes(self, upload: Upload) -> int:
+        """Return how much has arrived: where the next part must start."""
+        if upload.state == "complete":
+            return upload.size_bytes
+        part = self._part(upload.id)
+        return part.stat().st_size if part.exists() else 0
+
+    def append(self, upload_id: str, *, offset: int, stream: Iterable[bytes]) -> Upload:
+        """Write one part at ``offset``; what arrived before a broken connection is kept.
+
+        Raises:
+            UploadIncomplete: the part does not start where the last one ended.
+            TooLarge: more bytes than announced; those of this part are dropped.
+            Conflict: the upload is over, or another part is being written.
+        """
+        upload = self._open_upload(upload_id)
+        with self._locked(upload) as part:
+            start = part.seek(0, os.SEEK_END)
+            if offset != start:
+                raise UploadIncomplete(
+                    f"Upload-Offset: {offset}; {start} bytes have arrived, continue there"
+                )
+            for piece in stream:
+                if part.tell() + len(piece) > upload.size_bytes:
+                    part.truncate(start)
+                    raise TooLarge(f"more than the {upload.size_bytes} bytes announced")
+                part.write(piece)
+        with transaction(self.engine) as session:
+            session.execute(
+                update(Upload).where(Upload.id == upload_id).values(updated_at=self.clock())
+            )
+        return upload
+
+    def complete(self, upload_id: str) -> Artifact:
+        """Check size and hash, import in the sandbox and store; again: the same artifact.
+
+        Raises:
+            UploadIncomplete: bytes are missing, or their hash is another.
+            DataInvalid: the content is refused; the upload has failed and its bytes are gone.
+        """
+        upload = self.get(upload_id)
+        if upload.artifact is not None:
+            with reading(self.engine) as session:
+                return session.get_one(Artifact, upload.artifact)
+        upload = self._open_upload(upload_id)
+        with self._locked(upload) as part:
+            missing = upload.size_bytes - part.seek(0, os.SEEK_END)
+            if missing:
+                raise UploadIncomplete(f"{missing} of {upload.size_bytes} bytes are missing")
+            self._move(upload_id, "open", "importing")
+            try:
+                self._check_hash(upload)
+                return self._import(upload)
+            except DataInvalid as error:
+                self._fail(upload_id, error)
+                raise
+            except BaseException:
+                self._move(upload_id, "importing", "open")
+                raise
+
+    def discard(self, upload_id: str) -> None:
+        """Forget an unfinished upload and its bytes."""
+        upload = self.get(upload_id)
+        if upload.state == "importing":
+            raise Conflict(f"upload {upload_id} is being imported")
+        with transaction(self.engine) as session:
+            session.delete(session.get_one(Upload, upload_id))
+        self._part(upload_id).unlink(missing_ok=True)
+
+    def recover(self) -> None:
+        """At the server's start: imports that were cut short are open again; stale ones go."""
+        now = self.clock()
+        with transaction(self.engine) as session:
+            session.execute(update(Upload).where(Upload.state == "importing").values(state="open"))
+            stale = session.scalars(
+                select(Upload).where(Upload.state == "open", Upload.updated_at < now - KEPT_FOR)
+            ).all()
+            for upload in stale:
+                session.delete(upload)
+            session.flush()
+            kept = set(session.scalars(select(Upload.id).where(Upload.state == "open")))
+        for part in self.folder.glob("*.part"):
+            if part.stem not in kept:
+                part.unlink(missing_ok=True)
+
+    def _part(self, upload_id: str) -> Path:
+        return self.folder / f"{upload_id}.part"
+
+    def _open_upload(self, upload_id: str) -> Upload:
+        upload = self.get(upload_id)
+        if upload.state != "open":
+            raise Conflict(f"upload {upload_id} is {upload.state}")
+        return upload
+
+    @contextmanager
+    def _locked(self, upload: Upload) -> Iterator[IO[bytes]]:
+        with self._part(upload.id).open("ab") as part:
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Conflict(f"another request is writing upload {upload.id}") from None
+            yield part
+
+    def _move(self, upload_id: str, old: str, new: str) -> None:
+        with transaction(self.engine) as session:
+            moved = session.execute(
+                update(Upload)
+                .where(Upload.id == upload_id, Upload.state == old)
+                .values(state=new, updated_at=self.clock())
+                .returning(Upload.id)
+            )
+            if moved.scalar_one_or_none() is None:
+                raise Conflict(f"upload {upload_id} is no longer {old}")
+
+    def _check_hash(self, upload: Upload) -> None:
+        with self._part(upload.id).open("rb") as part:
+            found = hashlib.file_digest(part, "sha256").hexdigest()
+        if found != upload.sha256:
+            raise DataInvalid(
+                f"sha256: the bytes hash to {found}, not to {upload.sha256} as announced; "
+                "upload the file again"
+            )
+
+    def _import(self, upload: Upload) -> Artifact:
+        workdir = self.scratch / upload.id
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            imported = import_file(
+                self._part(upload.id),
+                file_name=upload.file_name,
+                workdir=workdir,
+                limits=self.limits,
+            )
+            blob = self.store.put(imported.path)
+            return self._adopt(upload, imported, blob)
+        finally:
+            shutil.rmtree(workdir, ignore_errors=True)
+
+    def _adopt(self, upload: Upload, imported: Imported, blob: Blob) -> Artifact:
+        now = self.clock()
+        values = {
+            "sha256": blob.sha256,
+            "size_bytes": blob.size_bytes,
+            "format": imported.format,
+            "media_type": imported.media_type,
+            "file_name": imported.file_name,
+            "meta": {**imported.meta, "notes": list(imported.notes)},
+            "created_at": now,
+        }
+        with transaction(self.engine) as session:
+            insert_new(session, Artifact, values)
+            done = {"state": "complete", "artifact": blob.sha256, "updated_at": now}
+            session.execute(update(Upload).where(Upload.id == upload.id).values(**done))
+            artifact = session.get_one(Artifact, blob.sha256)
+        self._part(upload.id).unlink(missing_ok=True)
+        return artifact
+
+    def _fail(self, upload_id: str, error: StillroomError) -> None:
+        facts = {"code": error.code(), "message": error.message}
+        with transaction(self.engine) as session:
+            session.execute(
+                update(Upload)
+                .where(Upload.id == upload_id)
+                .values(state="failed", error=facts, updated_at=self.clock())
+            )
+        self._part(upload_id).unlink(missing_ok=True)
