@@ -1,0 +1,23 @@
+"""Small files that kinds pass between their chunks: JSON, the same bytes every time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from core.kinds._base import Produced
+
+
+def write_json(path: Path, value: Any, *, format_name: str, **meta: Any) -> Produced:
+    """Write JSON with sorted keys; no NaN."""
+    path.write_text(json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
+    return Produced(path, format_name, path.name, "application/json", meta)
+
+
+def read_json(path: Path) -> Any:
+    """Read what write_json wrote."""
+    return json.loads(path.read_text())
+
+
+def blocks(total: int, size: int) -> list[tuple[int, int]]:
+    """Cut range(total) into (start, stop) pieces of ``size``, the last one shorter."""
+    return [(start, min(start + size, total)) for start in range(0, total, size)]

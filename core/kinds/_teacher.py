@@ -1,0 +1,104 @@
+"""A teacher and its targets, both from the cache where they can be; shared by several kinds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.kinds._base import Chunk, Metric, Produced
+from core.kinds._files import blocks
+
+if TYPE_CHECKING:
+    from core.distill.teachers._base import BlendingTeacher
+    from core.specs.teachers import Teacher
+    from core.tensors.formats import Federated
+    from core.tensors.shards import Array
+
+CLUSTERS_PER_BLOCK = 16
+"""Bivector blocks are cut alike everywhere, so that any job finds what another computed."""
+ROWS_PER_BLOCK = 8192
+"""So are target blocks, unless a job says otherwise."""
+ROWS_PER_STEP = 1024
+"""Targets computed between two reports of progress."""
+
+_kept: dict[tuple[str, str, str], BlendingTeacher] = {}
+"""The last teacher this process built: chunks of a job come one after another. Keyed by content."""
+
+
+def bivector_block(
+    chunk: Chunk, model: Federated, spec: Teacher, start: int, stop: int
+) -> Produced:
+    """Return the file with the logarithms of clusters start..stop-1, from the cache or new."""
+    from core.distill.teachers.rotational import bivector_block as compute
+    from core.distill.teachers.rotational import bivector_key
+    from core.tensors import shards
+
+    key = bivector_key(model, spec, start, stop)
+    found = chunk.cached(key)
+    if found is not None:
+        return found
+    path = chunk.workdir / f"bivectors-{start}-{stop}.safetensors"
+    manifest = {"format": "bivectors", "version": 1, "start": start, "stop": stop}
+    shards.save(path, {"bivectors": compute(model, spec, start, stop).numpy()}, manifest)
+    meta = {"start": start, "stop": stop, "dim": model.rotations.shape[1]}
+    return Produced(path, "bivectors", path.name, meta=meta, cache_key=key)
+
+
+def load_teacher(chunk: Chunk, sha256: str, spec: Teacher) -> BlendingTeacher:
+    """Build the teacher a spec names over a stored model, its bivectors from the cache."""
+    name = (sha256, spec.model_dump_json(), chunk.device)
+    if name not in _kept:
+        _kept.clear()
+        _kept[name] = _build(chunk, chunk.fetch(sha256), spec)
+    return _kept[name]
+
+
+def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> BlendingTeacher:
+    import numpy as np
+
+    from core.distill.teachers._base import teachers
+    from core.tensors import shards
+    from core.tensors.formats import load_federated
+
+    model = load_federated(model_path)
+    parts = []
+    for start, stop in blocks(len(model.rotations), CLUSTERS_PER_BLOCK):
+        chunk.progress(0, 1)
+        block = bivector_block(chunk, model, spec, start, stop)
+        parts.append(shards.load(block.path)[0]["bivectors"])
+    return teachers()[spec.name].build(model, spec, chunk.device, np.concatenate(parts))
+
+
+def target_block(
+    chunk: Chunk, teacher: BlendingTeacher, queries: Array
+) -> tuple[Produced, list[Metric]]:
+    """Return the file with the targets of some queries, from the cache or new, and its speed.
+
+    Args:
+        chunk: for the cache, the folder and the progress.
+        teacher: who answers.
+        queries: [B, d] float32; one that is a training query does not route through itself.
+    """
+    import torch
+
+    from core.distill.routing import own_rows
+    from core.distill.teachers.rotational import target_key
+    from core.tensors import shards
+
+    excluded = own_rows(teacher.model.queries, queries)
+    key = target_key(teacher.fingerprint(), queries, excluded)
+    found = chunk.cached(key)
+    if found is not None:
+        return found, []
+    began = time.perf_counter()
+    parts = []
+    for first, last in blocks(len(queries), ROWS_PER_STEP):
+        chunk.progress(first, len(queries))
+        rows = torch.from_numpy(excluded[first:last])
+        parts.append(teacher.targets(queries[first:last], exclude_rows=rows).cpu())
+    seconds = time.perf_counter() - began
+    path = chunk.workdir / "targets.safetensors"
+    shards.save(path, {"targets": torch.cat(parts).numpy()}, {"format": "target_block"})
+    made = Produced(path, "target_block", path.name, meta={"rows": len(queries)}, cache_key=key)
+    return made, [Metric("targets_per_second", chunk.index, len(queries) / seconds)]
