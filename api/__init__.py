@@ -1,0 +1,1 @@
+"""HTTP in; JSON, event streams and HTML out. No rule of the domain lives here."""

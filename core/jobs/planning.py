@@ -145,7 +145,14 @@ def on_succeeded(session: Session, job: Job, *, now: datetime) -> None:
     session.flush()
     for job_id in sorted({row.job_id for row in waiting}):
         downstream = session.get_one(Job, job_id, with_for_update=True)
-        if downstream.state != JobState.WAITING or _unresolved(session, job_id):
+        if downstream.state != JobState.WAITING:
+            continue
+        missing = [r.upstream_output for r in waiting if r.job_id == job_id and r.sha256 is None]
+        if missing:
+            lost = UpstreamFailed(f"job {job.id} ended without making {missing[0]!r}")
+            fail(session, downstream, lost, now=now)
+            continue
+        if _unresolved(session, job_id):
             continue
         try:
             plan(session, downstream, parse_spec(downstream), now=now)

@@ -4,7 +4,7 @@ import base64
 import binascii
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import String, and_, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -122,11 +122,9 @@ def _make_cursor(job: Job) -> str:
 def _read_cursor(cursor: str) -> tuple[datetime, str]:
     try:
         at, job_id = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
-        instant = datetime.fromisoformat(at)
-    except (ValueError, binascii.Error) as error:
+        instant = datetime.fromisoformat(at).astimezone(UTC)
+    except (ValueError, OverflowError, binascii.Error) as error:
         raise SpecInvalid("cursor: not one that this list gave out", pointer="/cursor") from error
-    if instant.tzinfo is None:
-        raise SpecInvalid("cursor: not one that this list gave out", pointer="/cursor")
     return instant, job_id
 
 

@@ -13,7 +13,8 @@ from typing import IO
 
 from sqlalchemy import Engine, func, select, update
 
-from core.artifacts.sandbox import Imported, Limits, import_file
+from core.artifacts.limits import Limits
+from core.artifacts.sandbox import Imported, import_file
 from core.artifacts.store import Blob, Store
 from core.db.models import Artifact, Upload
 from core.db.session import insert_new, reading, transaction

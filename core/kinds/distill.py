@@ -150,35 +150,31 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 
 def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.distill import export, report
+    from core.distill.export import export_student
+    from core.distill.report import draw_loss
     from core.distill.training import TrainState
 
     state = TrainState.load(chunk.outputs("train")[-1]["state"].path)
-    student = state.result()
     facts = {
         "teacher": _teacher_spec(spec, chunk).model_dump(mode="json"),
         "model": chunk.input("model").sha256,
         "dim": chunk.input("model").meta["dim"],
         "student": spec.student.model_dump(mode="json"),
-        "best_validation_cosine": state.best_cosine,
-        "history": state.history,
+        "training": spec.training.model_dump(mode="json"),
+        "seed": spec.seed,
     }
     folder = chunk.workdir
-    chunk.progress(0, 3)
-    export.save_pt(folder / "student.pt", student, facts)
-    export.save_safetensors(folder / "student.safetensors", student, facts)
-    chunk.progress(1, 3)
-    export.save_onnx(folder / "student.onnx", student)
-    chunk.progress(2, 3)
-    report.draw_loss_curve(folder / "loss_curve.png", state.history)
-    training = write_json(folder / "training.json", facts, format_name="training")
-    meta = {name: facts[name] for name in ("teacher", "model", "dim", "student")}
+    chunk.progress(0, 2)
+    files = export_student(state.result(), folder, facts={**facts, "history": state.history})
+    chunk.progress(1, 2)
+    draw_loss(folder / "loss_curve.png", state.history)
+    training = {**facts, "history": state.history}
     outputs = {
-        "student": _made(folder / "student.safetensors", "student", meta),
-        "student_pt": _made(folder / "student.pt", "student_pt", meta),
-        "student_onnx": _made(folder / "student.onnx", "student_onnx", meta),
+        "student": _made(files.safetensors, "student", facts),
+        "student_pt": _made(files.torch, "student_pt", facts),
+        "student_onnx": _made(files.onnx, "student_onnx", facts),
         "loss_curve": _made(folder / "loss_curve.png", "picture", {}, "image/png"),
-        "training": training,
+        "training": write_json(folder / "training.json", training, format_name="training"),
     }
     return ChunkResult(outputs=outputs)
 

@@ -1,6 +1,7 @@
 """The data formats: pairs and federated models, their files, and what makes one invalid."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from core.tensors import shards
 from core.tensors.shards import Array
 
 FLOATS = ("float16", "float32", "float64")
+TINY, HUGE = 1e-15, 1e15
+"""Bounds of a row's largest entry: its squared norm neither under- nor overflows float32."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Pairs:
     def meta(self) -> dict[str, Any]:
         """Return the facts a plan needs."""
         rows, dim = self.queries.shape
-        return {"rows": rows, "dim": dim, "groups": self.groups is not None}
+        return {"rows": rows, "dim": dim, "groups": len(set(self.groups or ()))}
 
 
 def check_embeddings(name: str, array: Array) -> None:
@@ -50,6 +53,14 @@ def check_embeddings(name: str, array: Array) -> None:
     if zero.any():
         row = int(np.argmax(zero))
         raise DataInvalid(f"{name}: row {row} is all zeros; a direction is needed, remove the row")
+    largest = np.abs(array).max(axis=1).astype(np.float64)
+    odd = (largest < TINY) | (largest > HUGE)
+    if odd.any():
+        row = int(np.argmax(odd))
+        raise DataInvalid(
+            f"{name}: the largest entry of row {row} is {largest[row]:.3g}; norms in float32 need "
+            f"it between {TINY:g} and {HUGE:g}, scale the row"
+        )
 
 
 def check_pairs(pairs: Pairs) -> None:
@@ -82,10 +93,12 @@ def save_pairs(path: Path, pairs: Pairs) -> None:
 
 
 def load_pairs(path: Path) -> Pairs:
-    """Read what save_pairs wrote."""
+    """Read what save_pairs wrote; DataInvalid where a tensor is missing or text is damaged."""
     tensors, _ = shards.load(path)
     groups = None
+    _need(tensors, ("query_embeddings", "target_embeddings", "ids", "ids_offsets"))
     if "groups" in tensors:
+        _need(tensors, ("groups_offsets",))
         groups = shards.unpack_text(tensors["groups"], tensors["groups_offsets"])
     return Pairs(
         ids=shards.unpack_text(tensors["ids"], tensors["ids_offsets"]),
@@ -93,6 +106,13 @@ def load_pairs(path: Path) -> Pairs:
         targets=tensors["target_embeddings"],
         groups=groups,
     )
+
+
+def _need(tensors: Mapping[str, Array], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        there = ", ".join(sorted(tensors)) or "nothing"
+        raise DataInvalid(f"{', '.join(missing)}: missing; the file holds {there}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ class Federated:
     held_out_rows: Array
     """[h] int64: rows of the pairs never seen; empty for an imported model."""
     manifest: dict[str, Any]
-    """temperature, how it was fitted, what was mended on import."""
+    """temperature, how it was fitted (``pairs``: SHA-256 of what on), what was mended on import."""
 
     def meta(self) -> dict[str, Any]:
         """Return the facts a plan needs."""
@@ -133,6 +153,7 @@ class Federated:
             "rows": len(self.queries),
             "held_out": len(self.held_out_rows),
             "temperature": self.manifest["temperature"],
+            "pairs": self.manifest.get("pairs"),
         }
 
 
@@ -151,28 +172,59 @@ _FEDERATED_TENSORS = {
 
 def check_federated(model: Federated) -> None:
     """Raise DataInvalid naming the field, the value and the fix."""
-    clusters, dim, _ = model.rotations.shape
+    _check_shapes(model)
     check_embeddings("query_embeddings", model.queries)
     check_embeddings("target_embeddings", model.targets)
-    expected = {
-        "rotations": (clusters, dim, dim),
-        "scales": (clusters,),
-        "anchor": (dim, dim),
-        "centroids": (clusters, dim),
-        "queries": (len(model.queries), dim),
-        "targets": (len(model.queries), dim),
-        "cluster_of": (len(model.queries),),
-        "train_rows": (len(model.queries),),
-    }
-    for name, shape in expected.items():
-        found = getattr(model, name).shape
-        if found != shape:
-            raise DataInvalid(f"{name}: shape {list(found)}; needed {list(shape)}")
     for name in ("rotations", "scales", "anchor", "centroids"):
         if not np.isfinite(getattr(model, name)).all():
             raise DataInvalid(f"{name}: holds NaN or infinity")
-    check_clusters(model.cluster_of, clusters)
-    _check_rotations(model.rotations)
+    if (model.scales <= 0).any():
+        worst = int(np.argmin(model.scales))
+        raise DataInvalid(f"scales: cluster {worst} has {model.scales[worst]}; needed > 0")
+    check_clusters(model.cluster_of, len(model.rotations))
+    _check_rotations("rotations", model.rotations)
+    _check_rotations("anchor", model.anchor[None])
+    _check_rows(model)
+    check_temperature(model.manifest.get("temperature"))
+
+
+def _check_shapes(model: Federated) -> None:
+    if model.rotations.ndim != 3 or not len(model.rotations):
+        raise DataInvalid(
+            f"rotations: shape {list(model.rotations.shape)}; needed [clusters >= 1, dim, dim]"
+        )
+    (clusters, dim, _), rows = model.rotations.shape, len(np.atleast_1d(model.queries))
+    expected: dict[str, tuple[tuple[int, ...], str]] = {
+        "rotations": ((clusters, dim, dim), "float32"),
+        "scales": ((clusters,), "float32"),
+        "anchor": ((dim, dim), "float32"),
+        "centroids": ((clusters, dim), "float32"),
+        "queries": ((rows, dim), "float32"),
+        "targets": ((rows, dim), "float32"),
+        "cluster_of": ((rows,), "int64"),
+        "train_rows": ((rows,), "int64"),
+        "held_out_rows": ((model.held_out_rows.size,), "int64"),
+    }
+    for name, (shape, dtype) in expected.items():
+        found = getattr(model, name)
+        if found.shape != shape or found.dtype.name != dtype:
+            raise DataInvalid(
+                f"{name}: {found.dtype} of shape {list(found.shape)}; needed {dtype} {list(shape)}"
+            )
+
+
+def _check_rows(model: Federated) -> None:
+    rows = np.concatenate([model.train_rows, model.held_out_rows])
+    if (rows < 0).any() or len(np.unique(rows)) != len(rows):
+        raise DataInvalid("train_rows and held_out_rows: each row once, none negative")
+
+
+def check_temperature(value: Any) -> float:
+    """Return the temperature, or raise DataInvalid unless it is a finite number > 0."""
+    number = isinstance(value, int | float | np.integer | np.floating)
+    if number and not isinstance(value, bool) and 0 < value <= 1e300:
+        return float(value)
+    raise DataInvalid(f"temperature: {str(value)[:40]}; needed a finite number > 0")
 
 
 def check_clusters(cluster_of: Array, clusters: int) -> None:
@@ -189,13 +241,16 @@ def check_clusters(cluster_of: Array, clusters: int) -> None:
         raise DataInvalid(f"cluster {empty} is empty: no training query belongs to it; drop it")
 
 
-def _check_rotations(rotations: Array) -> None:
+def _check_rotations(name: str, rotations: Array) -> None:
     dim = rotations.shape[1]
     for index, rotation in enumerate(rotations):
         wide = rotation.astype(np.float64)
         off = float(np.abs(wide.T @ wide - np.eye(dim)).max())
         if off > 1e-4:
-            raise DataInvalid(f"rotations: cluster {index} is off orthogonal by {off:.3g}")
+            raise DataInvalid(f"{name}: matrix {index} is off orthogonal by {off:.3g}")
+        # Not det: it underflows, the sign does not.
+        if np.linalg.slogdet(wide)[0] < 0:
+            raise DataInvalid(f"{name}: matrix {index} reflects (determinant -1); needed +1")
 
 
 def save_federated(path: Path, model: Federated) -> None:
@@ -207,7 +262,8 @@ def save_federated(path: Path, model: Federated) -> None:
 
 
 def load_federated(path: Path) -> Federated:
-    """Read what save_federated wrote."""
+    """Read what save_federated wrote; DataInvalid where a tensor is missing."""
     tensors, manifest = shards.load(path)
+    _need(tensors, _FEDERATED_TENSORS)
     fields = {field: tensors[name] for name, field in _FEDERATED_TENSORS.items()}
     return Federated(**fields, manifest=manifest)

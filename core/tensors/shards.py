@@ -48,10 +48,18 @@ def load_manifest(path: Path) -> dict[str, Any]:
 
 
 def _manifest(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    found = json.loads((metadata or {}).get("manifest", "{}"))
+    try:
+        found = json.loads((metadata or {}).get("manifest", "{}"), parse_constant=_no_constant)
+    except RecursionError as error:
+        raise DataInvalid("the manifest in the header nests too deep") from error
     if not isinstance(found, dict):
         raise DataInvalid("the manifest in the header must be a JSON object")
     return found
+
+
+def _no_constant(name: str) -> None:
+    # Python reads NaN and Infinity; JSON has neither and save refuses them.
+    raise DataInvalid(f"the manifest in the header holds {name}, which is not JSON")
 
 
 def pack_text(texts: list[str]) -> tuple[Array, Array]:
@@ -63,7 +71,19 @@ def pack_text(texts: list[str]) -> tuple[Array, Array]:
 
 
 def unpack_text(data: Array, offsets: Array) -> list[str]:
-    """Undo pack_text."""
+    """Undo pack_text.
+
+    Raises:
+        DataInvalid: the two were not made by pack_text: types, order, bounds or UTF-8.
+    """
+    typed = data.dtype == np.uint8 and offsets.dtype == np.int64
+    if not typed or data.ndim != 1 or offsets.ndim != 1 or len(offsets) < 1:
+        raise DataInvalid("packed text: needed uint8 [total] and int64 offsets [n + 1]")
+    if offsets[0] != 0 or offsets[-1] != len(data) or (offsets[1:] < offsets[:-1]).any():
+        raise DataInvalid(f"packed text: offsets must rise from 0 to {len(data)}")
     raw = data.tobytes()
     bounds = offsets.tolist()
-    return [raw[a:b].decode() for a, b in itertools.pairwise(bounds)]
+    try:
+        return [raw[a:b].decode() for a, b in itertools.pairwise(bounds)]
+    except UnicodeDecodeError as error:
+        raise DataInvalid(f"packed text: not UTF-8 ({error})") from error

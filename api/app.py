@@ -1,0 +1,130 @@
+"""Builds the application: settings in, FastAPI out. What outlives a request starts here."""
+
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.security import HTTPBearer
+from sqlalchemy import Engine
+from starlette.staticfiles import StaticFiles
+
+from api import pages, problems
+from api.access import Access
+from api.bodies import StrictRoute
+from api.deps import Context
+from api.embedded import Embedded
+from api.guard import Guard
+from api.lock import only_server
+from api.routes import artifacts, events, health, jobs, kinds, uploads
+from api.views import Problem
+from core.artifacts.limits import Limits
+from core.artifacts.store import LocalStore
+from core.db.session import make_engine, transaction, upgrade
+from core.jobs import lease, pool
+from core.jobs.uploads import Uploads
+from core.settings import Settings
+
+ABOUT = """Expensive teachers in, small fast students out.
+
+Submit a **spec**, get a **job**, follow it, download **artifacts** by the SHA-256 of their bytes.
+Errors are RFC 9457 problems: `code` is stable, `errors[].pointer` names the field, `retryable`
+says whether the same request may succeed later.
+"""
+
+
+def utc_now() -> datetime:
+    """Return the present instant."""
+    return datetime.now(UTC)  # noqa: TID251 - the edge where the clock comes from
+
+
+def create_app(
+    settings: Settings, *, clock: Callable[[], datetime] = utc_now, workers: bool = True
+) -> FastAPI:
+    """Build the API; ``workers``: run the embedded worker processes too."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(only_server(settings.data_dir))
+            context = await run_in_threadpool(_open, settings, clock, embedded=workers)
+            stack.callback(context.engine.dispose)
+            app.state.context = context
+            if workers:
+                crew = Embedded.of(settings)
+                stack.push_async_callback(run_in_threadpool, crew.stop)
+                crew.start()
+            yield
+            context.stopping.set()
+
+    app = FastAPI(
+        title="Stillroom",
+        version="1",
+        description=ABOUT,
+        lifespan=lifespan,
+        docs_url=None,  # the framework's pages load scripts from elsewhere; ours is api/pages
+        redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False, description="STILL_API_KEY, if set"))],
+    )
+    app.router.route_class = StrictRoute
+    for module in (jobs, events, artifacts, uploads, kinds, health, pages):
+        app.include_router(module.router)
+    app.mount("/static", StaticFiles(directory=Path(pages.__file__).parent / "static"))
+    problems.install(app)
+    app.add_middleware(Guard, settings=settings, clock=clock)
+    app.add_middleware(Access)
+    _describe(app)
+    return app
+
+
+def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) -> Context:
+    """Bring the data folder into order and open what the routes use."""
+    engine = make_engine(settings.url)
+    upgrade(engine)
+    if embedded:
+        _release(settings, engine, now=clock())
+    store = LocalStore(settings.data_dir)
+    limits = Limits(
+        memory_bytes=settings.import_memory_bytes,
+        wall_seconds=settings.import_timeout.total_seconds(),
+    )
+    arrivals = Uploads(
+        engine=engine,
+        store=store,
+        folder=settings.uploads,
+        scratch=settings.scratch,
+        clock=clock,
+        limits=limits,
+        upload_limit_bytes=settings.upload_limit_bytes,
+        open_limit=settings.uploads_open_limit,
+    )
+    arrivals.recover()
+    return Context(settings=settings, engine=engine, store=store, uploads=arrivals, clock=clock)
+
+
+def _release(settings: Settings, engine: Engine, *, now: datetime) -> None:
+    """Take back what the workers of a dead server held: we hold the lock, so none is alive."""
+    with transaction(engine) as session:
+        lease.release_all(session, now=now)
+        pool.forget_all(session)
+    shutil.rmtree(settings.scratch, ignore_errors=True)
+    settings.scratch.mkdir(parents=True, exist_ok=True)
+
+
+def _describe(app: FastAPI) -> None:
+    """Put the Problem schema, to which every operation refers, into the OpenAPI document."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        whole = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(whole.pop("$defs", {}))
+        schemas["Problem"] = whole
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

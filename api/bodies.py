@@ -1,0 +1,81 @@
+"""Reads JSON bodies strictly: UTF-8, no NaN, no NUL, no bottomless nesting; never a 500."""
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """Return the value, or raise HTTPException 400 that says what is wrong and where."""
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        value = json.loads(text, parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise HTTPException(400, f"the body is not UTF-8: byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise HTTPException(400, f"the body is not JSON: {error.msg} at {place}") from error
+    except RecursionError as error:
+        raise HTTPException(400, "the body is nested too deeply") from error
+    except ValueError as error:
+        raise HTTPException(400, f"the body is not JSON: {error}") from error
+    if "\\u" in text:
+        _check_texts(value)
+    return value
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number; leave the field out, or send null")
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse texts that no database or file can hold: NUL, and halves of surrogate pairs."""
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict):
+            rest += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            rest += item
+        elif isinstance(item, str) and (
+            "\0" in item or any("\ud800" <= c <= "\udfff" for c in item)
+        ):
+            raise HTTPException(400, "a text holds \\u0000 or half a surrogate pair; remove it")
+
+
+class StrictRequest(Request):
+    """A request whose json() is strict."""
+
+    async def json(self) -> Any:
+        """Return the parsed body, once."""
+        if not hasattr(self, "_parsed"):
+            self._parsed = parse_json(await self.body())
+        return self._parsed
+
+
+class StrictRoute(APIRoute):
+    """A route that takes application/json alone, parsed strictly."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the framework's handler."""
+        handle = super().get_route_handler()
+        takes_body = self.body_field is not None
+
+        async def strict(request: Request) -> Response:
+            if takes_body:
+                _check_media_type(request)
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+def _check_media_type(request: Request) -> None:
+    found = request.headers.get("content-type", "")
+    if found.partition(";")[0].strip().lower() != "application/json":
+        told = f"Content-Type is {found!r}" if found else "Content-Type is missing"
+        raise HTTPException(415, f"{told}; send application/json")

@@ -1,0 +1,9 @@
+"""The dashboard: HTML from templates, a little JavaScript of our own, nothing from elsewhere."""
+
+from fastapi import APIRouter
+
+from api.pages import jobs, login, reference, submit
+
+router = APIRouter(include_in_schema=False)
+for _page in (jobs, submit, login, reference):
+    router.include_router(_page.router)

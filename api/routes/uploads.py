@@ -1,0 +1,73 @@
+"""Files on their way in: announced, sent in parts, checked, imported."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Path, Request, Response
+
+from api.bodies import StrictRoute
+from api.deps import PROBLEMS, Context, Ctx, body_steps
+from api.routes.artifacts import view_artifact
+from api.views import ArtifactView, UploadAsked, UploadView
+from core.db.models import Upload
+
+router = APIRouter(
+    prefix="/v1/uploads", tags=["uploads"], route_class=StrictRoute, responses=PROBLEMS
+)
+UploadId = Annotated[str, Path(description="The upload's id.", max_length=64)]
+Offset = Annotated[
+    int,
+    Header(alias="Upload-Offset", ge=0, le=2**53, description="Must equal received_bytes."),
+]
+RAW_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post("", status_code=201, summary="Announce a file")
+def create(asked: UploadAsked, ctx: Ctx, response: Response) -> UploadView:
+    """Open an upload; send the bytes with PATCH, then complete it."""
+    upload = ctx.uploads.create(**asked.model_dump())
+    response.headers["Location"] = f"/v1/uploads/{upload.id}"
+    return show(ctx, upload)
+
+
+def show(ctx: Context, upload: Upload) -> UploadView:
+    """Show an upload with what has come so far."""
+    return UploadView.of(
+        upload,
+        received_bytes=ctx.uploads.received_bytes(upload),
+        part_limit_bytes=ctx.settings.part_limit_bytes,
+    )
+
+
+@router.get("/{upload_id}", summary="Show an upload")
+def get(upload_id: UploadId, ctx: Ctx) -> UploadView:
+    """Return how much has come; after a broken part go on from received_bytes."""
+    return show(ctx, ctx.uploads.get(upload_id))
+
+
+@router.patch("/{upload_id}", summary="Send a part", openapi_extra=RAW_BODY)
+def append(upload_id: UploadId, offset: Offset, request: Request, ctx: Ctx) -> UploadView:
+    """Append raw bytes at Upload-Offset; a wrong offset is a 409 that names the right one."""
+    return show(ctx, ctx.uploads.append(upload_id, offset=offset, stream=body_steps(request)))
+
+
+@router.delete("/{upload_id}", status_code=204, summary="Discard an upload")
+def discard(upload_id: UploadId, ctx: Ctx) -> None:
+    """Forget an unfinished upload and remove its bytes."""
+    ctx.uploads.discard(upload_id)
+
+
+@router.post("/{upload_id}/complete", status_code=201, summary="Check and import a file")
+def complete(upload_id: UploadId, ctx: Ctx, response: Response) -> ArtifactView:
+    """Check size and SHA-256, import in a sandbox, and return the artifact it became.
+
+    The artifact's SHA-256 is that of the checked, canonical file. Completing again returns the
+    same artifact. Content that breaks its format is a 422, and the upload is failed.
+    """
+    artifact = ctx.uploads.complete(upload_id)
+    response.headers["Location"] = f"/v1/artifacts/{artifact.sha256}"
+    return view_artifact(ctx, artifact.sha256)

@@ -1,0 +1,1 @@
+"""Files under the hash of their bytes, and the one door through which foreign files come in."""

@@ -1,0 +1,90 @@
+"""A bivector as rotations in disjoint planes, and the differentiable rotation in given planes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.rotations.skew import split_planes
+
+SAME = 1e-3
+"""Relative gap of squared angles below which planes are separated together, by a Schur form."""
+
+
+@dataclass(frozen=True)
+class PlaneFactors:
+    """L_c = sum_i theta_i (a_i b_i^T - b_i a_i^T): q exp(L) turns a towards b."""
+
+    bases: Tensor
+    """[C, d, 2m] orthonormal columns; 2i and 2i + 1 are a_i and b_i."""
+    angles: Tensor
+    """[C, m] radians, >= 0 (at most pi for a principal logarithm), descending."""
+
+
+def plane_factors(bivectors: Tensor, *, planes: int | None = None) -> PlaneFactors:
+    """Split skew matrices into planes, the largest angles first; repeated angles pair exactly.
+
+    Through the symmetric eigenproblem of L^T L; directions whose angles nearly agree are split
+    by a real Schur form of L among them.
+
+    Args:
+        bivectors: [C, d, d] skew, float32 or float64; widened to float64 inside.
+        planes: m, at most d // 2; all of them where absent.
+
+    Returns:
+        Factors in the dtype of ``bivectors``.
+    """
+    C, d, _ = bivectors.shape
+    m = d // 2 if planes is None else planes
+    if not 0 <= m <= d // 2:
+        raise ValueError(f"{planes} planes in width {d}; at most {d // 2}")
+    bases, angles = bivectors.new_empty(C, d, 2 * m), bivectors.new_empty(C, m)
+    for index, bivector in enumerate(bivectors.detach()):
+        basis, sizes = _factor(bivector.double())
+        bases[index], angles[index] = basis[:, : 2 * m], sizes[:m]
+    return PlaneFactors(bases, angles)
+
+
+def rotate_in_planes(queries: Tensor, bases: Tensor, angles: Tensor) -> Tensor:
+    """Rotate by the angles inside disjoint planes: q exp(L) for the L of these factors.
+
+    Rodrigues in each plane; lengths stay to rounding; differentiable in every argument.
+
+    Args:
+        queries: [B, d].
+        bases: [d, 2m], orthonormal columns.
+        angles: [m] or [B, m], radians.
+
+    Returns:
+        [B, d].
+    """
+    coordinates = queries @ bases  # [B, 2m]
+    along, across = coordinates[:, 0::2], coordinates[:, 1::2]
+    versine, sine = -2 * (angles / 2).sin().square(), angles.sin()  # cos - 1 without cancellation
+    change = torch.stack([along * versine - across * sine, along * sine + across * versine], dim=-1)
+    return queries + change.flatten(-2) @ bases.mT
+
+
+def _factor(L: Tensor) -> tuple[Tensor, Tensor]:
+    """All planes of one [d, d] float64: [d, 2 (d // 2)] columns and [d // 2] angles, descending."""
+    squares, vectors = torch.linalg.eigh(L.mT @ L)
+    squares, vectors = squares.flip(0), vectors.flip(1)  # descending
+    starts = squares.diff() < -SAME * squares[:1].clamp(min=1e-300)
+    bounds = [0, *(starts.nonzero().flatten() + 1).tolist(), len(squares)]
+    bases, angles = [], []
+    for start, stop in itertools.pairwise(bounds):
+        group = vectors[:, start:stop]
+        mix, sizes = split_planes(group.mT @ L @ group)
+        bases.append((group @ mix)[:, : 2 * len(sizes)])
+        angles.append(sizes)
+    return _descending(torch.cat(bases, 1), torch.cat(angles))
+
+
+def _descending(basis: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort planes by angle."""
+    angles, order = angles.sort(descending=True, stable=True)
+    columns = torch.stack([2 * order, 2 * order + 1], 1).flatten()
+    return basis[:, columns], angles

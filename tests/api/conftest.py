@@ -1,0 +1,114 @@
+"""The real application on a temporary data folder; the real Runner is called by hand."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from api.deps import Context
+from core.jobs.runner import Runner
+from core.settings import Settings
+from tests.conftest import Clock, make_runner
+
+KEY = "a-key-of-some-length"
+ECHO = {"kind": "echo", "text": "hello", "times": 2}
+
+
+def make_settings(folder: Path, **more: Any) -> Settings:
+    return Settings(data_dir=folder, **more)
+
+
+@contextmanager
+def serving(settings: Settings, clock: Clock) -> Iterator[TestClient]:
+    app = create_app(settings, clock=clock, workers=False)
+    with TestClient(
+        app, base_url="http://127.0.0.1", raise_server_exceptions=False, follow_redirects=False
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def api_clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory, api_clock: Clock) -> Iterator[TestClient]:
+    """One server for all tests that do not mind each other's jobs."""
+    with serving(make_settings(tmp_path_factory.mktemp("data")), api_clock) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def locked(tmp_path_factory: pytest.TempPathFactory, api_clock: Clock) -> Iterator[TestClient]:
+    """A server with a key."""
+    settings = make_settings(tmp_path_factory.mktemp("locked"), api_key=KEY)
+    with serving(settings, api_clock) as client:
+        yield client
+
+
+@pytest.fixture
+def alone(tmp_path: Path, api_clock: Clock) -> Iterator[TestClient]:
+    """A server of this test only, with small limits."""
+    settings = make_settings(
+        tmp_path / "data", body_limit_bytes=2048, part_limit_bytes=1 << 16, uploads_open_limit=3
+    )
+    with serving(settings, api_clock) as client:
+        yield client
+
+
+def context_of(client: TestClient) -> Context:
+    found: Context = client.app.state.context  # type: ignore[attr-defined]
+    return found
+
+
+def runner_of(client: TestClient) -> Runner:
+    context = context_of(client)
+    scratch = context.settings.scratch
+    return make_runner(context.engine, context.store, context.clock, scratch)
+
+
+@pytest.fixture
+def finish(client: TestClient) -> Callable[[], None]:
+    def run_all() -> None:
+        runner = runner_of(client)
+        while runner.run_one():
+            pass
+
+    return run_all
+
+
+@pytest.fixture
+def done(client: TestClient, finish: Callable[[], None]) -> dict[str, Any]:
+    """A finished echo job."""
+    job_id = client.post("/v1/jobs", json={**ECHO, "name": "done"}).json()["id"]
+    finish()
+    job: dict[str, Any] = client.get(f"/v1/jobs/{job_id}").json()
+    assert job["state"] == "succeeded"
+    return job
+
+
+def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:
+    """Check that an answer is a whole problem and return it."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert body["status"] == status
+    assert body["code"] == code
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert body["title"]
+    assert body["detail"]
+    assert body["instance"]
+    assert isinstance(body["retryable"], bool)
+    assert all(set(blame) == {"pointer", "detail"} for blame in body["errors"])
+    return body
+
+
+def announce(content: bytes, file_name: str = "pairs.npz") -> dict[str, Any]:
+    digest = hashlib.sha256(content).hexdigest()
+    return {"file_name": file_name, "size_bytes": len(content), "sha256": digest}

@@ -1,0 +1,142 @@
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.routes.events import follow, look_at
+from tests.api.conftest import ECHO, context_of, runner_of
+
+STREAM = {"Accept": "text/event-stream"}
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line[:1] != ":")
+        if fields:
+            fields["data"] = json.loads(fields["data"])
+            found.append(fields)
+    return found
+
+
+def numbered(text: str) -> list[int]:
+    return [int(event["id"]) for event in parse(text) if "id" in event]
+
+
+def test_page_of_events_is_in_order_and_goes_on(client: TestClient, done: dict[str, Any]) -> None:
+    url = f"/v1/jobs/{done['id']}/events"
+    whole = client.get(url).json()
+
+    assert whole["next_after"] is None
+    assert set(whole["items"][0]) == {"id", "job_id", "type", "at", "data"}
+    assert whole["items"][0]["type"] == "job.submitted"
+    assert whole["items"][-1]["type"] == "job.succeeded"
+    first = client.get(f"{url}?limit=2").json()
+    rest = client.get(f"{url}?after={first['next_after']}").json()
+    assert first["items"] + rest["items"] == whole["items"]
+
+
+def test_stream_of_a_finished_job_replays_all_and_ends(
+    client: TestClient, done: dict[str, Any]
+) -> None:
+    url = f"/v1/jobs/{done['id']}/events"
+    page = client.get(url).json()["items"]
+
+    answer = client.get(url, headers=STREAM)
+
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert numbered(answer.text) == [event["id"] for event in page]
+    told = [event for event in parse(answer.text) if "id" not in event]
+    assert [event["event"] for event in told] == ["progress"]
+    assert told[0]["data"] == done["progress"]
+    assert parse(answer.text)[-1]["event"] == "job.succeeded"
+
+
+@pytest.mark.parametrize("how", ["header", "query"])
+def test_stream_goes_on_after_the_last_seen_event(
+    client: TestClient, done: dict[str, Any], how: str
+) -> None:
+    url = f"/v1/jobs/{done['id']}/events"
+    ids = numbered(client.get(url, headers=STREAM).text)
+    seen = str(ids[1])
+
+    headers = {**STREAM, "Last-Event-ID": seen} if how == "header" else STREAM
+    answer = client.get(url if how == "header" else f"{url}?after={seen}", headers=headers)
+
+    assert numbered(answer.text) == ids[2:]
+
+
+def test_stream_after_the_last_event_ends_at_once(client: TestClient, done: dict[str, Any]) -> None:
+    url = f"/v1/jobs/{done['id']}/events"
+    last = numbered(client.get(url, headers=STREAM).text)[-1]
+
+    assert numbered(client.get(f"{url}?after={last}", headers=STREAM).text) == []
+
+
+@pytest.mark.parametrize("strange", ["", "abc", "-1", "9" * 40, "²"])
+def test_strange_last_event_id_replays_from_the_start(
+    client: TestClient, done: dict[str, Any], strange: str
+) -> None:
+    headers = {**STREAM, "Last-Event-ID": strange.encode("latin-1")}
+
+    answer = client.get(f"/v1/jobs/{done['id']}/events", headers=headers)
+
+    assert answer.status_code == 200
+    assert parse(answer.text)[0]["event"] == "job.submitted"
+
+
+def test_live_stream_shows_every_event_once_and_ends_with_the_job(
+    client: TestClient, finish: Callable[[], None]
+) -> None:
+    finish()
+    job_id = client.post("/v1/jobs", json={**ECHO, "times": 4}).json()["id"]
+    runner = runner_of(client)
+
+    def work() -> None:
+        while runner.run_one():
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    answer = client.get(f"/v1/jobs/{job_id}/events", headers=STREAM)
+    thread.join()
+
+    events = parse(answer.text)
+    page = client.get(f"/v1/jobs/{job_id}/events").json()["items"]
+    assert numbered(answer.text) == [event["id"] for event in page]
+    assert events[-1]["event"] == "job.succeeded"
+    done = [event["data"]["done"] for event in events if event["event"] == "progress"]
+    assert done == sorted(set(done))
+    assert len(done) >= 2
+
+
+def test_cancelled_job_ends_its_stream(client: TestClient) -> None:
+    job_id = client.post("/v1/jobs", json=ECHO).json()["id"]
+    client.post(f"/v1/jobs/{job_id}/cancel")
+
+    answer = client.get(f"/v1/jobs/{job_id}/events", headers=STREAM)
+
+    assert parse(answer.text)[-1]["event"] == "job.cancelled"
+
+
+def test_silent_stream_sends_heartbeats_until_the_server_stops(alone: TestClient) -> None:
+    job_id = alone.post("/v1/jobs", json=ECHO).json()["id"]
+    context = context_of(alone)
+
+    async def listen() -> list[str]:
+        heard = []
+        first = look_at(context, job_id, after=0)
+        async for text in follow(context, job_id, first, 0, heartbeat_s=0.1):
+            heard.append(text)
+            if len(heard) == 3:
+                context.stopping.set()
+        return heard
+
+    heard = asyncio.run(listen())
+
+    assert heard[1:] == [": still here\n\n"] * 2

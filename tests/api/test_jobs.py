@@ -1,0 +1,240 @@
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.api.conftest import ECHO, context_of, problem_of
+from tests.conftest import Clock
+
+FIELDS = {
+    "id", "kind", "name", "state", "priority", "labels", "spec", "created_at", "started_at",
+    "finished_at", "progress", "queue_position", "waits_for", "error", "attempts",
+    "device_seconds", "cache_hits", "inputs", "artifacts",
+}  # fmt: skip
+
+
+def test_submitted_job_is_shown_whole_and_found_at_its_location(client: TestClient) -> None:
+    answer = client.post("/v1/jobs", json={**ECHO, "name": "n", "labels": {"team": "a:b"}})
+
+    assert answer.status_code == 201
+    job = answer.json()
+    assert set(job) == FIELDS
+    assert job["state"] == "queued"
+    assert job["queue_position"] >= 1
+    assert job["waits_for"] == "no worker is alive"
+    assert job["created_at"].endswith("Z")
+    assert set(job["progress"]) == {"done", "total", "fraction", "stage", "rate", "eta_s"}
+    assert job["progress"]["total"] == 2
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert client.get(answer.headers["location"]).json()["spec"] == job["spec"]
+
+
+def test_finished_job_shows_artifacts_metrics_and_checkpoints(
+    client: TestClient, done: dict[str, Any]
+) -> None:
+    url = f"/v1/jobs/{done['id']}"
+
+    assert done["progress"]["fraction"] == 1.0
+    assert done["waits_for"] is None
+    assert client.get(f"{url}/metrics").json() == {"metrics": {"lines": [[0, 1.0], [1, 2.0]]}}
+    (output,) = client.get(f"{url}/artifacts").json()["items"]
+    assert output["sha256"] == done["artifacts"]["text"]
+    assert (output["name"], output["role"], output["format"]) == ("text", "artifact", "text")
+    assert (output["file_name"], output["size_bytes"]) == ("echo.txt", 12)
+    kept = client.get(f"{url}/checkpoints").json()["items"]
+    assert [one["name"] for one in kept] == ["so_far"]
+
+
+def test_same_key_and_body_answer_with_the_first_job(client: TestClient) -> None:
+    headers = {"Idempotency-Key": "key-1"}
+    first = client.post("/v1/jobs", json=ECHO, headers=headers)
+    # The same spec, said in another order.
+    again = client.post("/v1/jobs", json=dict(reversed(ECHO.items())), headers=headers)
+
+    assert again.status_code == 201
+    assert again.json()["id"] == first.json()["id"]
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["idempotent-replayed"] == "true"
+    assert again.headers["location"] == first.headers["location"]
+
+
+def test_same_key_with_another_body_is_refused(client: TestClient) -> None:
+    headers = {"Idempotency-Key": "key-2"}
+    client.post("/v1/jobs", json=ECHO, headers=headers)
+
+    other = client.post("/v1/jobs", json={**ECHO, "text": "other"}, headers=headers)
+
+    problem_of(other, 422, "spec_invalid")
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "two words"])
+def test_useless_idempotency_key_is_refused(client: TestClient, key: str) -> None:
+    answer = client.post("/v1/jobs", json=ECHO, headers={"Idempotency-Key": key})
+
+    body = problem_of(answer, 422, "spec_invalid")
+    assert body["errors"][0]["pointer"] == "/header/idempotency-key"
+
+
+def test_list_is_newest_first_and_pages_meet_without_gap_or_overlap(
+    client: TestClient, api_clock: Clock
+) -> None:
+    made = []
+    for _ in range(5):
+        api_clock.tick(seconds=1)
+        spec = {**ECHO, "labels": {"walk": "1"}}
+        made.append(client.post("/v1/jobs", json=spec).json()["id"])
+
+    seen: list[str] = []
+    cursor: dict[str, str] = {}
+    while True:
+        query = {"label": "walk:1", "limit": "2", **cursor}
+        page = client.get("/v1/jobs", params=query).json()
+        seen += [job["id"] for job in page["items"]]
+        if page["next_cursor"] is None:
+            break
+        cursor = {"cursor": page["next_cursor"]}
+
+    assert seen == made[::-1]
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("name=needle", 1),
+        ("label=tool:needle", 1),
+        ("label=tool:needle&label=deep:a:b", 1),
+        ("label=tool:needle&label=deep:other", 0),
+        ("name=needle&kind=echo&state=queued", 1),
+        ("name=needle&kind=none", 0),
+        ("name=needle&state=failed", 0),
+        ("name=need", 0),
+        ('label=a"b:c', 0),
+        ("label=$[0]:c", 0),
+        ("label=%27:c", 0),
+        ("label=a.b:c", 0),
+    ],
+)
+def test_filters(client: TestClient, query: str, found: int) -> None:
+    if not client.get("/v1/jobs?name=needle").json()["items"]:
+        labels = {"tool": "needle", "deep": "a:b"}
+        client.post("/v1/jobs", json={**ECHO, "name": "needle", "labels": labels})
+
+    answer = client.get(f"/v1/jobs?{query}")
+
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["items"]) == found
+
+
+@pytest.mark.parametrize(
+    ("query", "pointer"),
+    [
+        ("limit=0", "/query/limit"),
+        ("limit=201", "/query/limit"),
+        ("limit=1e400", "/query/limit"),
+        ("limit=" + "9" * 5000, "/query/limit"),
+        ("state=gone", "/query/state"),
+        ("label=nocolon", "/query/label"),
+        ("label=:x", "/query/label"),
+        ("label=a:1&label=a:2", "/query/label"),
+        ("cursor=x", "/cursor"),
+        ("cursor=%ff%fe", "/cursor"),
+        ("cursor=" + "QUFB" * 400, "/cursor"),
+    ],
+)
+def test_bad_query_names_the_parameter(client: TestClient, query: str, pointer: str) -> None:
+    body = problem_of(client.get(f"/v1/jobs?{query}"), 422, "spec_invalid")
+
+    assert body["errors"][0]["pointer"] == pointer
+
+
+@pytest.mark.parametrize("instant", ["0001-01-01T00:00+14:00 job", "9999-12-31T23:59-14:00 job"])
+def test_cursor_beyond_the_calendar_is_refused(client: TestClient, instant: str) -> None:
+    cursor = base64.urlsafe_b64encode(instant.encode()).decode()
+
+    problem_of(client.get("/v1/jobs", params={"cursor": cursor}), 422, "spec_invalid")
+
+
+def test_queued_job_is_cancelled_at_once_and_only_once(client: TestClient) -> None:
+    job_id = client.post("/v1/jobs", json=ECHO).json()["id"]
+
+    assert client.post(f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelled"
+    problem_of(client.post(f"/v1/jobs/{job_id}/cancel"), 409, "conflict")
+
+
+def test_job_that_reads_another_jobs_output_says_what_it_waits_for(
+    client: TestClient, finish: Callable[[], None]
+) -> None:
+    upstream = client.post("/v1/jobs", json=ECHO).json()["id"]
+    kinds = client.get("/v1/kinds").json()["items"]
+    reader = next((kind for kind in kinds if kind["inputs"]), None)
+    if reader is None:
+        pytest.skip("no kind reads an artifact yet")
+    field = next(iter(reader["inputs"]))
+
+    answer = client.post("/v1/jobs", json={**reader["example"], field: f"{upstream}/text"})
+
+    # echo makes a text, which nobody reads: the field is to blame.
+    body = problem_of(answer, 422, "spec_invalid")
+    assert body["errors"][0]["pointer"] == f"/{field}"
+
+
+PATHS = [
+    ("GET", "/v1/jobs/{}"),
+    ("POST", "/v1/jobs/{}/cancel"),
+    ("GET", "/v1/jobs/{}/events"),
+    ("GET", "/v1/jobs/{}/metrics"),
+    ("GET", "/v1/jobs/{}/artifacts"),
+    ("GET", "/v1/jobs/{}/checkpoints"),
+    ("GET", "/v1/jobs/{}/artifacts/text/content"),
+    ("GET", "/v1/artifacts/{}"),
+    ("GET", "/v1/artifacts/{}/content"),
+    ("GET", "/v1/uploads/{}"),
+    ("DELETE", "/v1/uploads/{}"),
+    ("POST", "/v1/uploads/{}/complete"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize("name", ["nothing", "%2e%2e", "0" * 64, "%F0%9F%92%A9", "' OR 1=1 --"])
+def test_unknown_id_is_404(client: TestClient, method: str, path: str, name: str) -> None:
+    problem_of(client.request(method, path.format(name)), 404, "not_found")
+
+
+def test_unknown_id_is_404_for_a_stream_too(client: TestClient) -> None:
+    headers = {"Accept": "text/event-stream"}
+
+    problem_of(client.get("/v1/jobs/nothing/events", headers=headers), 404, "not_found")
+
+
+def test_kinds_offer_examples_that_validate(client: TestClient) -> None:
+    kinds = client.get("/v1/kinds").json()["items"]
+
+    assert "echo" in {kind["kind"] for kind in kinds}
+    for kind in kinds:
+        assert set(kind) == {"kind", "summary", "schema", "example", "inputs", "outputs"}
+        assert kind["schema"]["type"] == "object"
+        answer = client.post("/v1/jobs", json=kind["example"])
+        # An example may name an artifact that is not here; its form must be right all the same.
+        blamed = {blame["pointer"].strip("/") for blame in answer.json().get("errors", ())}
+        assert answer.status_code == 201 or blamed <= set(kind["inputs"]), answer.text
+
+
+def test_health_and_readiness_are_open_and_plain(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    ready = client.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.json() == {"status": "ok", "database": "ok", "store": "ok", "workers": []}
+
+
+def test_not_ready_says_what_is_wrong(alone: TestClient) -> None:
+    with context_of(alone).engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE workers RENAME TO away")
+
+    ready = alone.get("/readyz")
+
+    assert ready.status_code == 503
+    assert ready.json()["status"] == "unavailable"
+    assert "does not answer" in ready.json()["database"]
+    assert alone.get("/healthz").status_code == 200

@@ -1,0 +1,163 @@
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.api.conftest import ECHO
+
+PAGES = ["/", "/submit", "/submit?kind=echo", "/submit?kind=<x>", "/upload", "/docs"]
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def check_page(answer: Any, status: int = 200) -> Tags:
+    """Nothing inline, nothing from elsewhere, strict headers."""
+    assert answer.status_code == status
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert "unsafe" not in answer.headers["content-security-policy"]
+    tags = Tags(answer.text)
+    for tag, attributes in tags.found:
+        assert tag != "style"
+        assert tag != "script" or (attributes.get("src") or "").startswith("/static/")
+        assert not [name for name in attributes if name == "style" or name.startswith("on")]
+        for name in ("src", "href", "action"):
+            assert (attributes.get(name) or "/").startswith("/")
+    return tags
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_load_nothing_inline_or_foreign(client: TestClient, path: str) -> None:
+    tags = check_page(client.get(path))
+
+    for tag, attributes in tags.found:
+        for name in ("src", "href"):
+            if tag in ("script", "link", "img") and name in attributes:
+                assert client.get(attributes[name] or "").status_code == 200
+
+
+def test_job_page_shows_progress_artifacts_and_spec(
+    client: TestClient, done: dict[str, Any]
+) -> None:
+    answer = client.get(f"/jobs/{done['id']}")
+
+    check_page(answer)
+    assert f"/v1/jobs/{done['id']}/artifacts/text/content" in answer.text
+    assert "100.0 %" in answer.text
+    assert "Cancel" not in answer.text
+    assert f"/jobs/{done['id']}" in client.get("/?state=succeeded&kind=echo").text
+
+
+def test_hostile_texts_are_shown_not_run(client: TestClient) -> None:
+    spec = {**ECHO, "name": HOSTILE, "text": HOSTILE, "labels": {HOSTILE[:60]: HOSTILE[:60]}}
+    job_id = client.post("/v1/jobs", json=spec).json()["id"]
+
+    for path in ("/", f"/jobs/{job_id}"):
+        answer = client.get(path)
+        check_page(answer)
+        assert "<script>alert" not in answer.text
+        assert "onerror=alert(1)&gt;" in answer.text
+
+
+def test_cancel_button_cancels_once(client: TestClient) -> None:
+    job_id = client.post("/v1/jobs", json=ECHO).json()["id"]
+    assert "Cancel" in client.get(f"/jobs/{job_id}").text
+
+    answer = client.post(f"/jobs/{job_id}/cancel")
+
+    assert (answer.status_code, answer.headers["location"]) == (303, f"/jobs/{job_id}")
+    assert client.get(f"/v1/jobs/{job_id}").json()["state"] == "cancelled"
+    check_page(client.post(f"/jobs/{job_id}/cancel"), 409)
+
+
+def test_unknown_job_is_a_page_too(client: TestClient) -> None:
+    check_page(client.get("/jobs/nothing"), 404)
+
+
+def test_form_submits_the_spec(client: TestClient) -> None:
+    answer = client.post("/submit", data={"spec": '{"kind": "echo", "text": "Größe"}'})
+
+    assert answer.status_code == 303
+    job_id = answer.headers["location"].rpartition("/")[2]
+    assert client.get(f"/v1/jobs/{job_id}").json()["spec"]["text"] == "Größe"
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("{", "not JSON"),
+        ("", "not JSON"),
+        ("[" * 100_000, "nested"),
+        ('{"kind": "echo", "text": ""}', "/text"),
+        ('{"kind": "echo", "text": "a", "times": NaN}', "NaN"),
+        ('{"kind": ["echo"]}', "/kind"),
+        ("[]", "dictionary"),
+        ("</textarea><script>alert(1)</script>", "not JSON"),
+    ],
+)
+def test_wrong_spec_comes_back_with_what_is_wrong(client: TestClient, spec: str, told: str) -> None:
+    answer = client.post("/submit", data={"spec": spec})
+
+    check_page(answer, 422)
+    assert told in answer.text
+
+
+def test_form_that_is_not_a_form_is_refused(client: TestClient) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+
+    assert client.post("/submit", content=b"\xff\xfe", headers=headers).status_code == 400
+    assert client.post("/submit", content=b"a=1&" * 200, headers=headers).status_code == 400
+    assert client.post("/submit", content=b"spec=%ff", headers=headers).status_code == 422
+
+
+def test_an_input_is_filled_in_from_the_link(client: TestClient) -> None:
+    kinds = client.get("/v1/kinds").json()["items"]
+    reader = next((kind for kind in kinds if kind["inputs"]), None)
+    if reader is None:
+        pytest.skip("no kind reads an artifact yet")
+    field = next(iter(reader["inputs"]))
+
+    answer = client.get(f"/submit?kind={reader['kind']}&{field}={'ab' * 32}")
+
+    assert "ab" * 32 in answer.text
+
+
+def test_strange_filters_and_cursors_do_not_break_the_list(client: TestClient) -> None:
+    check_page(client.get("/?state=gone&kind=<b>"))
+    check_page(client.get("/?cursor=x"), 422)
+
+
+def test_reference_tells_every_documented_call(client: TestClient) -> None:
+    text = client.get("/docs").text
+
+    for path in client.get("/openapi.json").json()["paths"]:
+        assert path in text
+    assert 'id="spec_invalid"' in text
+
+
+def test_openapi_is_complete(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+
+    references = set(re.findall(r'"#/components/schemas/([^"]+)"', str(document).replace("'", '"')))
+    assert references <= set(document["components"]["schemas"])
+    body = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]
+    kinds = {kind["kind"] for kind in client.get("/v1/kinds").json()["items"]}
+    if len(kinds) > 1:
+        assert set(body["schema"]["discriminator"]["mapping"]) == kinds
+    for path, calls in document["paths"].items():
+        for call in calls.values():
+            assert call["summary"]
+            if path.startswith("/v1"):
+                assert "default" in call["responses"]
+                assert call["security"]

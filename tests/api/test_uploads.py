@@ -1,0 +1,177 @@
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from tests.api.conftest import announce, context_of, problem_of
+
+BYTES = {"Content-Type": "application/octet-stream"}
+
+
+def pairs() -> bytes:
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    arrays = {name: rng.normal(size=(8, 4)) for name in ("query_embeddings", "target_embeddings")}
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def send(client: TestClient, url: str, offset: Any, content: Any) -> Any:
+    return client.patch(url, content=content, headers={**BYTES, "Upload-Offset": str(offset)})
+
+
+@pytest.fixture(autouse=True)
+def tidy(client: TestClient) -> Iterator[None]:
+    yield
+    for part in context_of(client).settings.uploads.glob("*.part"):
+        client.delete(f"/v1/uploads/{part.stem}")
+
+
+def test_file_sent_in_parts_becomes_an_artifact_with_lineage(client: TestClient) -> None:
+    content = pairs()
+    made = client.post("/v1/uploads", json=announce(content))
+    upload = made.json()
+    url = made.headers["location"]
+    assert made.status_code == 201
+    assert upload["state"] == "open"
+    assert (upload["received_bytes"], upload["artifact"], upload["error"]) == (0, None, None)
+    assert upload["part_limit_bytes"] == 64 << 20
+
+    assert send(client, url, 0, content[:100]).json()["received_bytes"] == 100
+    assert client.get(url).json()["received_bytes"] == 100
+    assert send(client, url, 100, content[100:]).json()["received_bytes"] == len(content)
+    done = client.post(f"{url}/complete")
+
+    assert done.status_code == 201, done.text
+    artifact = done.json()
+    assert artifact["format"] == "pairs"
+    assert artifact["produced_by"] == []
+    named = {"upload_id": upload["id"], "file_name": "pairs.npz", "sha256": upload["sha256"]}
+    assert artifact["uploaded_as"] == [named]
+    assert client.post(f"{url}/complete").json() == artifact
+    assert client.get(f"/v1/artifacts/{artifact['sha256']}").json() == artifact
+    stored = client.get(f"/v1/artifacts/{artifact['sha256']}/content").content
+    assert hashlib.sha256(stored).hexdigest() == artifact["sha256"]
+    shown = client.get(url).json()
+    assert (shown["state"], shown["artifact"]) == ("complete", artifact["sha256"])
+
+
+def test_wrong_offset_is_409_and_changes_nothing(client: TestClient) -> None:
+    url = client.post("/v1/uploads", json=announce(b"x" * 10)).headers["location"]
+    send(client, url, 0, b"x" * 4)
+
+    for offset in (0, 3, 5, 10):
+        problem_of(send(client, url, offset, b"x"), 409, "upload_incomplete")
+    assert client.get(url).json()["received_bytes"] == 4
+    problem_of(client.post(f"{url}/complete"), 409, "upload_incomplete")
+
+
+def test_more_bytes_than_announced_are_413(client: TestClient) -> None:
+    url = client.post("/v1/uploads", json=announce(b"x" * 10)).headers["location"]
+
+    problem_of(send(client, url, 0, b"x" * 11), 413, "too_large")
+    assert client.get(url).json()["received_bytes"] == 0
+
+
+def test_bad_content_fails_the_upload_and_removes_its_bytes(client: TestClient) -> None:
+    content = b"not a file of any known format"
+    url = client.post("/v1/uploads", json=announce(content)).headers["location"]
+    send(client, url, 0, content)
+
+    problem_of(client.post(f"{url}/complete"), 422, "data_invalid")
+
+    shown = client.get(url).json()
+    assert (shown["state"], shown["error"]["code"]) == ("failed", "data_invalid")
+    assert list(context_of(client).settings.uploads.glob("*.part")) == []
+    problem_of(send(client, url, 0, content), 409, "conflict")
+
+
+def test_other_bytes_than_announced_are_refused(client: TestClient) -> None:
+    content = pairs()
+    url = client.post("/v1/uploads", json=announce(content)).headers["location"]
+    send(client, url, 0, content[:-1] + b"?")
+
+    problem_of(client.post(f"{url}/complete"), 422, "data_invalid")
+
+
+def test_discarded_upload_is_gone(client: TestClient) -> None:
+    url = client.post("/v1/uploads", json=announce(b"x")).headers["location"]
+
+    answer = client.delete(url)
+
+    assert answer.status_code == 204
+    assert answer.content == b""
+    problem_of(client.get(url), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer"),
+    [
+        ({"sha256": "x"}, "/sha256"),
+        ({"sha256": "A" * 64}, "/sha256"),
+        ({"size_bytes": 0}, "/size_bytes"),
+        ({"size_bytes": -1}, "/size_bytes"),
+        ({"size_bytes": 1.5}, "/size_bytes"),
+        ({"size_bytes": 10**30}, "/size_bytes"),
+        ({"file_name": ""}, "/file_name"),
+        ({"file_name": "x" * 256}, "/file_name"),
+        ({"path": "/etc/passwd"}, "/path"),
+    ],
+)
+def test_wrong_announcement_names_the_field(
+    client: TestClient, change: dict[str, Any], pointer: str
+) -> None:
+    answer = client.post("/v1/uploads", json={**announce(b"x"), **change})
+
+    assert problem_of(answer, 422, "spec_invalid")["errors"][0]["pointer"] == pointer
+
+
+def test_announced_size_over_the_limit_is_413(client: TestClient) -> None:
+    answer = client.post("/v1/uploads", json={**announce(b"x"), "size_bytes": 2**50})
+
+    problem_of(answer, 413, "too_large")
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/cron.d/x", "a\nb", "CON", "💥" * 50])
+def test_hostile_file_name_is_only_shown(client: TestClient, name: str) -> None:
+    folder = context_of(client).settings.data_dir
+    before = {path for path in folder.rglob("*") if path.parent.name != "uploads"}
+    url = client.post("/v1/uploads", json=announce(b"x", name)).headers["location"]
+    send(client, url, 0, b"x")
+
+    assert client.get(url).json()["file_name"] == name
+    assert {path for path in folder.rglob("*") if path.parent.name != "uploads"} == before
+
+
+@pytest.mark.parametrize("offset", ["", "-1", "x", "1e3", "9" * 40])
+def test_strange_offset_is_422(client: TestClient, offset: str) -> None:
+    url = client.post("/v1/uploads", json=announce(b"x")).headers["location"]
+
+    body = problem_of(send(client, url, offset, b"x"), 422, "spec_invalid")
+    assert body["errors"][0]["pointer"] == "/header/Upload-Offset"
+
+
+def test_missing_offset_is_422(client: TestClient) -> None:
+    url = client.post("/v1/uploads", json=announce(b"x")).headers["location"]
+
+    problem_of(client.patch(url, content=b"x", headers=BYTES), 422, "spec_invalid")
+
+
+def test_part_over_the_limit_is_413_however_it_is_sent(alone: TestClient) -> None:
+    content = b"x" * ((1 << 16) + 1)
+    url = alone.post("/v1/uploads", json=announce(content)).headers["location"]
+
+    problem_of(send(alone, url, 0, content), 413, "too_large")
+    problem_of(send(alone, url, 0, iter([content[:9], content[9:]])), 413, "too_large")
+    assert send(alone, url, alone.get(url).json()["received_bytes"], b"x").status_code == 200
+
+
+def test_too_many_unfinished_uploads_are_413(alone: TestClient) -> None:
+    for _ in range(3):
+        assert alone.post("/v1/uploads", json=announce(b"x")).status_code == 201
+
+    problem_of(alone.post("/v1/uploads", json=announce(b"x")), 413, "too_large")

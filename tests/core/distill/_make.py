@@ -1,0 +1,95 @@
+"""Small federated models: pairs whose clusters turn in their own ways, fitted in no time."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.distill import fitting
+from core.distill.curriculum import TrainingData, training_data
+from core.distill.students._base import StudentModule, build_student
+from core.distill.teachers.rotational import RotationalTeacher
+from core.specs.clusterings import KMeans
+from core.specs.students import Canonical, RotorProduct
+from core.specs.teachers import Rotational
+from core.specs.training import Training
+from core.tensors.formats import Federated, Pairs
+from core.tensors.shards import Array
+
+DIM, ROWS, CLUSTERS = 12, 160, 4
+
+SMALL_STUDENTS = {
+    "canonical": Canonical(n_components=4, layers=2, heads=3),
+    "rotor_product": RotorProduct(planes=3, router_hidden=16),
+}
+"""One spec per student file; the suites run over the registry and find theirs here."""
+
+
+def unit(array: Array) -> Array:
+    rows: Array = array / np.linalg.norm(array, axis=-1, keepdims=True)
+    return rows
+
+
+def rotation(rng: np.random.Generator, size: float) -> Array:
+    a = rng.normal(size=(DIM, DIM)) * size
+    turned: Array = torch.linalg.matrix_exp(torch.from_numpy(a - a.T)).numpy()
+    return turned
+
+
+@cache
+def make_pairs(rows: int = ROWS) -> Pairs:
+    rng = np.random.default_rng(0)
+    common = rotation(rng, 0.2)
+    centres = unit(rng.normal(size=(CLUSTERS, DIM)))
+    which = rng.integers(CLUSTERS, size=rows)
+    queries = unit(centres[which] + 0.25 * rng.normal(size=(rows, DIM)))
+    own = np.stack([common @ rotation(rng, 0.1) for _ in range(CLUSTERS)])
+    targets = unit(
+        np.einsum("nd,nde->ne", queries, own[which]) + 0.05 * rng.normal(size=(rows, DIM))
+    )
+    return Pairs(
+        ids=[f"row {row}" for row in range(rows)],
+        queries=queries.astype(np.float32),
+        targets=targets.astype(np.float32),
+        groups=[f"group {number}" for number in which],
+    )
+
+
+@cache
+def make_model() -> Federated:
+    clustering = KMeans(max_clusters=CLUSTERS)
+    return fitting.fit(make_pairs(), clustering, seed=0, strength=3.0, temperature=0.1)
+
+
+@cache
+def make_teacher(compat: str | None = None) -> RotationalTeacher:
+    spec = Rotational.model_validate({"compat": compat})
+    return RotationalTeacher(make_model(), spec)
+
+
+@cache
+def make_targets() -> Tensor:
+    model = make_model()
+    return make_teacher().targets(model.queries, exclude_rows=torch.arange(len(model.queries)))
+
+
+def make_training(**changes: object) -> Training:
+    values = {"epochs": 3, "batch_size": 32, "warmup_steps": 2, "learning_rate": 5e-3, **changes}
+    return Training.model_validate(values)
+
+
+def make_data(training: Training) -> TrainingData:
+    return training_data(make_teacher(), make_targets(), training, seed=1)
+
+
+def make_student(name: str, *, seed: int = 0, **changes: object) -> StudentModule:
+    spec = SMALL_STUDENTS[name].model_copy(update=dict(changes))
+    return build_student(spec, make_teacher(), seed)
+
+
+def some_queries(count: int = 50) -> Tensor:
+    rng = np.random.default_rng(7)
+    return torch.from_numpy(unit(rng.normal(size=(count, DIM))).astype(np.float32))

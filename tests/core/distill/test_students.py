@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from core.distill.students._base import restore_student, students
+from core.distill.students._strang import strang_product
+from core.distill.students.rotor_product import RotorProductStudent, orthonormal
+from core.errors import DataInvalid, SpecInvalid
+from core.rotations.planes import rotate_in_planes
+from tests.core.distill._make import CLUSTERS, DIM, make_student, make_teacher, some_queries
+
+every_student = pytest.mark.parametrize("name", students())
+
+
+@every_student
+def test_a_student_keeps_lengths(name: str) -> None:
+    queries = some_queries() * torch.linspace(0.1, 10, 50)[:, None]
+    lengths = make_student(name)(queries).norm(dim=1)
+    torch.testing.assert_close(lengths, queries.norm(dim=1), rtol=1e-6, atol=0)
+
+
+@every_student
+def test_config_and_state_are_enough_to_come_back(name: str) -> None:
+    student = make_student(name)
+    again = restore_student(student.config, student.state_dict())
+    assert torch.equal(again(some_queries()), student(some_queries()))
+
+
+@every_student
+def test_the_seed_decides_every_random_start(name: str) -> None:
+    state = make_student(name, seed=5).state_dict()
+    same = make_student(name, seed=5).state_dict()
+    other = make_student(name, seed=6).state_dict()
+    assert all(torch.equal(state[key], same[key]) for key in state)
+    assert any(not torch.equal(state[key], other[key]) for key in state)
+
+
+@every_student
+def test_building_leaves_the_global_generator_alone(name: str) -> None:
+    before = torch.get_rng_state()
+    make_student(name)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@every_student
+def test_a_batch_is_its_rows(name: str) -> None:
+    student, queries = make_student(name), some_queries(6)
+    single = torch.cat([student(query[None]) for query in queries])
+    torch.testing.assert_close(student(queries), single, rtol=0, atol=1e-6)
+
+
+@every_student
+def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
+    student = make_student(name)
+    with torch.no_grad():  # a zero start would hide what lies before it
+        for parameter in student.parameters():
+            parameter += 0.01 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(0)
+            )
+    weights = torch.full((50, CLUSTERS), 1 / CLUSTERS)
+    routed = student.routed(some_queries(), weights)
+    routed.vectors[:, 0].sum().backward()
+    for key, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert parameter.grad.abs().max() > 0, key
+
+
+def test_an_unknown_or_broken_student_is_refused() -> None:
+    student = make_student("canonical")
+    with pytest.raises(DataInvalid, match="'sphinx'; allowed: canonical"):
+        restore_student({"name": "sphinx"}, {})
+    with pytest.raises(DataInvalid, match="does not fit its config"):
+        restore_student(student.config, {})
+
+
+def test_canonical_refuses_more_planes_than_there_are_and_odd_heads() -> None:
+    with pytest.raises(SpecInvalid, match="n_components 7; width 12 has 6 planes"):
+        make_student("canonical", n_components=7)
+    with pytest.raises(SpecInvalid, match="heads 5 does not divide"):
+        make_student("canonical", heads=5)
+
+
+def test_canonical_stays_near_the_identity_whatever_it_learns() -> None:
+    student = make_student("canonical", n_components=6, layers=1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(100)
+    cosines = torch.cosine_similarity(student(some_queries()), some_queries())
+    assert cosines.min() >= torch.tensor(1.0).cos() - 1e-6
+
+
+def test_untrained_with_exact_router_and_all_planes_is_the_teacher_to_the_splitting() -> None:
+    student = make_student("rotor_product", router="exact", planes=None)
+    wanted = make_teacher().targets(some_queries())
+    cosines = torch.cosine_similarity(student(some_queries()).double(), wanted.double())
+    assert cosines.min() > 0.9995
+
+
+def test_fewer_planes_lose_the_smallest_angles_first() -> None:
+    wanted = make_teacher().targets(some_queries()).double()
+    cosines = [
+        torch.cosine_similarity(
+            make_student("rotor_product", router="exact", planes=planes)(some_queries()).double(),
+            wanted,
+        ).mean()
+        for planes in (1, 3, 6)
+    ]
+    assert cosines[0] < cosines[1] < cosines[2]
+
+
+def factors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, dtype=dtype, generator=generator)
+    weights = torch.rand(5, 3, dtype=dtype, generator=generator)
+    bases = torch.linalg.qr(torch.randn(3, 8, 4, dtype=dtype, generator=generator)).Q
+    angles = torch.rand(3, 2, dtype=dtype, generator=generator)
+    return x, weights, bases, angles
+
+
+def test_the_product_is_plane_rotations_forth_and_back() -> None:
+    x, weights, bases, angles = factors()
+    wanted = x
+    for c in (0, 1, 2, 2, 1, 0):
+        paired = bases[c][:, [0, 2, 1, 3]]  # rotate_in_planes wants a plane's columns together
+        wanted = rotate_in_planes(wanted, paired, weights[:, c, None] * angles[c] / 2)
+
+    with torch.no_grad():
+        plain = strang_product(x, weights, bases, angles)
+
+    torch.testing.assert_close(plain, wanted)
+    torch.testing.assert_close(strang_product(x, weights, bases, angles), wanted)
+
+
+def test_the_gradient_by_hand_is_the_gradient() -> None:
+    inputs = [tensor.requires_grad_() for tensor in factors()]
+    assert torch.autograd.gradcheck(strang_product, inputs)
+
+
+def test_retraction_keeps_orthonormal_planes_and_mends_others() -> None:
+    bases = factors()[2]
+    moved = bases + 0.01 * torch.randn(bases.shape, dtype=bases.dtype)
+    q, r = torch.linalg.qr(moved)
+    torch.testing.assert_close(
+        orthonormal(moved), q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    )
+    torch.testing.assert_close(orthonormal(bases), bases)
+
+
+def test_frozen_planes_are_not_trained() -> None:
+    student = make_student("rotor_product", train_planes=False)
+    assert isinstance(student, RotorProductStudent)
+    names = {name for name, value in student.named_parameters() if value.requires_grad}
+    assert names == {name for name in names if name.startswith("router.")}
+    assert student.gentle() == []
+    assert student.bases.shape == (CLUSTERS, DIM, 6)

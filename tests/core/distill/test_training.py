@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.distill import training as loop
+from core.distill.curriculum import jitter, slerp, training_data
+from core.distill.students._base import students
+from core.distill.training import TrainState, learning_rate, run_epochs
+from core.errors import Cancelled, DataInvalid, SpecInvalid
+from core.specs.training import Training
+from core.tensors import shards
+from tests.core.distill._make import (
+    make_data,
+    make_model,
+    make_student,
+    make_targets,
+    make_teacher,
+    make_training,
+    some_queries,
+)
+
+every_student = pytest.mark.parametrize("name", students())
+
+
+def quiet(done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+def digest(state: TrainState, folder: Path) -> str:
+    state.save(folder / "digest.safetensors")
+    return hashlib.sha256((folder / "digest.safetensors").read_bytes()).hexdigest()
+
+
+def start(name: str, training: Training) -> TrainState:
+    return TrainState.start(make_student(name), training, seed=2)
+
+
+@every_student
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, tmp_path: Path) -> None:
+    training = make_training()
+    whole = start(name, training)
+    run_epochs(whole, make_data(training), 0, 3, quiet)
+
+    state = start(name, training)
+    for epoch in range(3):
+        run_epochs(state, make_data(training), epoch, epoch + 1, quiet)
+        state.save(tmp_path / "state.safetensors")
+        state = TrainState.load(tmp_path / "state.safetensors")
+
+    assert digest(state, tmp_path) == digest(whole, tmp_path)
+    assert state.history == whole.history
+    assert [row["epoch"] for row in whole.history] == [1, 2, 3]
+
+
+@every_student
+def test_training_lowers_the_loss_and_does_not_lose_validation_cosine(name: str) -> None:
+    training = make_training(epochs=6)
+    state, data = start(name, training), make_data(training)
+    before = loop.validation_cosine(state.student, data)
+
+    run_epochs(state, data, 0, 6, quiet)
+
+    assert state.history[-1]["loss"] < state.history[0]["loss"]
+    assert state.best_cosine > before
+    assert loop.validation_cosine(state.result(), data) == pytest.approx(state.best_cosine)
+    assert state.stopped
+
+
+def test_a_learnt_router_comes_near_the_teacher() -> None:
+    training = make_training(epochs=30, learning_rate=1e-2)
+    state = start("rotor_product", training)
+    run_epochs(state, make_data(training), 0, 30, quiet)
+    wanted = make_teacher().targets(make_model().queries)
+    found = state.result()(torch.from_numpy(make_model().queries))
+    assert torch.cosine_similarity(found, wanted).mean() > 0.995
+
+
+def test_planes_stay_orthonormal_while_they_are_trained() -> None:
+    training = make_training(learning_rate=0.1)
+    state = TrainState.start(make_student("rotor_product", train_planes=True), training, seed=0)
+    start_planes = state.student.state_dict()["bases"].clone()
+    run_epochs(state, make_data(training), 0, 2, quiet)
+    for student in (state.student, state.result()):
+        bases = student.state_dict()["bases"]
+        assert not torch.equal(bases, start_planes)
+        assert (bases.mT @ bases - torch.eye(bases.shape[2])).abs().max() < 1e-5
+
+
+def test_patience_ends_a_run_that_no_longer_gains() -> None:
+    training = make_training(epochs=50, patience=2, min_delta=1.0)
+    state = start("rotor_product", training)
+    run_epochs(state, make_data(training), 0, 50, quiet)
+    assert state.stopped
+    assert state.epoch == 3  # the first epoch gains, two do not
+
+    run_epochs(state, make_data(training), 3, 50, quiet)
+    assert state.epoch == 3
+
+
+def test_a_progress_callback_may_stop_the_run_at_any_step() -> None:
+    training = make_training()
+    seen: list[tuple[int, int]] = []
+
+    def cancel(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 4:
+            raise Cancelled("by the user")
+
+    with pytest.raises(Cancelled):
+        run_epochs(start("rotor_product", training), make_data(training), 0, 3, cancel)
+    steps = loop.steps_per_epoch(make_data(training), training)
+    assert {total for _, total in seen} == {3 * steps}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_checkpoint_of_another_epoch_is_refused(tmp_path: Path) -> None:
+    training = make_training()
+    with pytest.raises(DataInvalid, match="at epoch 0, not 1"):
+        run_epochs(start("canonical", training), make_data(training), 1, 2, quiet)
+    shards.save(tmp_path / "other.safetensors", {}, {"format": "pairs"})
+    with pytest.raises(DataInvalid, match="not a training checkpoint"):
+        TrainState.load(tmp_path / "other.safetensors")
+
+
+def test_a_student_with_nothing_to_train_is_judged_and_done(tmp_path: Path) -> None:
+    training = make_training()
+    student = make_student("rotor_product", router="exact", train_planes=False)
+    state = TrainState.start(student, training, seed=0)
+
+    run_epochs(state, make_data(training), 0, 3, quiet)
+
+    assert state.stopped
+    assert len(state.history) == 1
+    assert state.history[0]["validation_cosine"] > 0.98
+    state.save(tmp_path / "state.safetensors")
+    again = TrainState.load(tmp_path / "state.safetensors").result()
+    assert torch.equal(again(some_queries()), student(some_queries()))
+
+
+def test_terms_that_do_not_apply_to_a_student_are_refused() -> None:
+    training = make_training(losses={"geodesic": 0, "cvar": 0, "retrieval_kl": 0, "router_kl": 1})
+    with pytest.raises(SpecInvalid, match="no term of weight above 0"):
+        run_epochs(start("canonical", training), make_data(training), 0, 1, quiet)
+
+
+@pytest.mark.parametrize("scheduler", ["none", "cosine", "step"])
+def test_the_learning_rate_warms_up_and_never_grows_after(scheduler: str) -> None:
+    training = make_training(scheduler=scheduler, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(training, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert (rates[-1] < 0.02) is (scheduler != "none")
+
+
+@pytest.mark.parametrize("changes", [{"ema_decay": 0.0}, {"augment": 0.0}, {"batch_size": 1}])
+def test_extremes_of_the_settings_work(changes: dict[str, float]) -> None:
+    training = make_training(epochs=1, **changes)
+    state = start("rotor_product", training)
+    run_epochs(state, make_data(training), 0, 1, quiet)
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in state.history)
+    if training.ema_decay == 0:
+        own = loop.trainable(state.student)
+        assert all(torch.equal(state.ema[name], own[name]) for name in own)
+
+
+def test_validation_rows_are_neither_trained_on_nor_mixed_from() -> None:
+    data = make_data(make_training())
+    held = set(data.validation.tolist())
+    assert held
+    assert held.isdisjoint(data.train.tolist())
+    assert held.isdisjoint(data.neighbours[data.train].flatten().tolist())
+    own = torch.arange(len(data.neighbours))[:, None]
+    assert not (data.neighbours == own).any()
+
+
+def test_made_queries_are_answered_by_the_teacher_without_their_parents() -> None:
+    data = make_data(make_training())
+    generator, parents = (torch.Generator().manual_seed(3) for _ in range(2))
+
+    made = data.made(20, generator, lambda: None)
+
+    rows = data._parents(20, parents)
+    torch.testing.assert_close(
+        made.teacher, make_teacher().targets(made.queries, exclude_rows=rows)
+    )
+    torch.testing.assert_close(made.queries.norm(dim=1), torch.ones(20), rtol=1e-5, atol=0)
+
+
+def test_targets_must_be_one_per_training_query() -> None:
+    with pytest.raises(DataInvalid, match="one per training query"):
+        training_data(make_teacher(), make_targets()[1:], make_training(), seed=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_slerp_stays_on_the_arc_and_jitter_on_the_sphere(share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b, noise = torch.randn(3, 1, 5, generator=generator, dtype=torch.float64)
+    a, b = a / a.norm(), 2 * b / b.norm()
+
+    between = slerp(a, b, torch.tensor([[share]], dtype=torch.float64))
+    moved = jitter(between, noise, size=0.1)
+
+    angle = torch.arccos((a * b).sum() / 2)
+    along = torch.arccos(((a * between).sum() / between.norm()).clamp(-1, 1))
+    torch.testing.assert_close(along, share * angle, atol=1e-6, rtol=0)
+    assert float(between.norm()) == pytest.approx(2**share)
+    assert float(moved.norm()) == pytest.approx(2**share)
+    cosine = float((moved * between).sum() / moved.norm() ** 2)
+    assert cosine == pytest.approx(1 / (1 + 0.01) ** 0.5)

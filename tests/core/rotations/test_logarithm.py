@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import expm, logm
+
+from core.rotations.logarithm import rotation_log, split_scale_and_rotation
+from tests.core.rotations import _make as make
+
+
+@make.quick
+@given(make.angle_lists())
+def test_exp_of_the_log_is_the_rotation(case: tuple[int, list[float]]) -> None:
+    W = make.rotation(*case)
+
+    log = rotation_log(W)
+
+    L = log.bivectors[0]
+    assert torch.equal(L, -L.mT)
+    assert np.abs(expm(L.numpy()) - W.numpy()).max() <= 1e-12
+    assert float(log.residuals[0]) <= 1e-13
+
+
+@make.quick
+@given(make.angle_lists())
+def test_no_angle_of_the_log_exceeds_pi_and_the_norm_is_the_largest(
+    case: tuple[int, list[float]],
+) -> None:
+    log = rotation_log(make.rotation(*case))
+
+    largest = float(torch.linalg.matrix_norm(log.bivectors[0], 2))
+    assert largest <= math.pi + 1e-12
+    assert largest == pytest.approx(max(case[1], default=0.0), abs=1e-13, rel=1e-7)
+    assert largest - 1e-14 <= float(log.norms[0]) <= max(2.5 * largest, 1e-13)
+
+
+def test_log_agrees_with_scipy_below_pi() -> None:
+    W = make.rotation(9, [0.3, 1.0, 2.0, 3.0])
+
+    assert np.allclose(rotation_log(W).bivectors[0].numpy(), logm(W.numpy()).real, atol=1e-12)
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 7, 16])
+def test_repeated_pi_leads_back(repeats: int) -> None:
+    angles = [math.pi] * repeats + torch.linspace(0.1, 3.1, 16 - repeats).tolist()
+    W = make.rotation(33, angles)
+
+    log = rotation_log(W)
+
+    assert np.abs(expm(log.bivectors[0].numpy()) - W.numpy()).max() <= 1e-12
+    assert float(log.norms[0]) == pytest.approx(math.pi, rel=2e-9)
+
+
+def test_planes_at_the_border_of_near_pi_stay_whole() -> None:
+    border = math.acos(-0.98)
+    angles = [border + shift for shift in (0.0, 0.0, 1e-12, -1e-12, 1e-9, 1e-5, -1e-5, 0.0)]
+
+    log = rotation_log(make.rotation(16, angles))
+
+    assert float(log.residuals[0]) <= 1e-13
+
+
+def test_float32_rotation_gives_a_float32_log_of_the_nearest_rotation() -> None:
+    W = make.rotation(24, torch.linspace(0, math.pi, 12).tolist()).float()
+
+    log = rotation_log(W)
+
+    assert log.bivectors.dtype == torch.float32
+    assert float(log.residuals[0]) <= 1e-6
+    assert np.abs(expm(log.bivectors[0].double().numpy()) - W.double().numpy()).max() <= 2e-6
+
+
+def test_batch_holds_one_log_per_rotation() -> None:
+    W = torch.stack([make.rotation(6, [angle, 1.0, 0.0]) for angle in (0.5, math.pi)])
+
+    batch = rotation_log(W)
+
+    for index in range(2):
+        assert torch.equal(batch.bivectors[index], rotation_log(W[index]).bivectors[0])
+    assert rotation_log(W[:0]).bivectors.shape == (0, 6, 6)
+
+
+@pytest.mark.parametrize("angles", [[1.0, 2.0], [math.pi, math.pi]])
+def test_reflection_has_no_log(angles: list[float]) -> None:
+    W = make.rotation(5, angles)
+    axis = make.basis(5)[:, 4]
+
+    with pytest.raises(ValueError, match="determinant is -1"):
+        rotation_log(W - 2 * torch.outer(axis, axis))
+
+
+def test_matrix_far_from_orthogonal_has_no_log() -> None:
+    with pytest.raises(ValueError, match="not orthogonal"):
+        rotation_log(2 * torch.eye(3))
+
+
+@make.quick
+@given(make.angle_lists(), st.floats(1e-3, 1e3))
+def test_scale_and_rotation_are_told_apart(case: tuple[int, list[float]], scale: float) -> None:
+    W = make.rotation(*case)
+
+    parts = split_scale_and_rotation(scale * W)
+
+    assert float(parts.scales[0]) == pytest.approx(scale, rel=1e-12)
+    assert torch.allclose(parts.rotations[0], W, rtol=0, atol=1e-12)
+    assert not bool(parts.reflected[0])
+    assert float(parts.deviations[0]) <= 1e-13
+
+
+@make.quick
+@given(st.lists(make.ANGLES.filter(lambda angle: angle < 3.1), min_size=1, max_size=5))
+def test_reflection_is_undone_along_its_own_axis(angles: list[float]) -> None:
+    W, axis = make.rotation(2 * len(angles) + 1, angles), make.basis(2 * len(angles) + 1)[:, -1]
+
+    parts = split_scale_and_rotation(3 * (W - 2 * torch.outer(axis, axis)))
+
+    assert bool(parts.reflected[0])
+    assert torch.allclose(parts.rotations[0], W, rtol=0, atol=1e-11)
+    assert float(parts.scales[0]) == pytest.approx(3)
+
+
+@make.quick
+@given(make.angle_lists().filter(lambda case: case[0] > 1))
+def test_reflected_matrix_beside_any_angles_becomes_a_rotation_with_a_log(
+    case: tuple[int, list[float]],
+) -> None:
+    W = make.rotation(*case)
+    W[:, 0] *= -1
+
+    parts = split_scale_and_rotation(W)
+    log = rotation_log(parts.rotations)
+
+    assert float(torch.linalg.slogdet(parts.rotations[0]).sign) == 1
+    assert float(log.residuals[0]) <= 1e-13
+    assert np.linalg.matrix_rank((parts.rotations[0] - W).numpy(), tol=1e-6) == 1
+
+
+def test_far_from_orthogonal_the_split_is_the_polar_form() -> None:
+    W = torch.randn(7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(W)
+
+    parts = split_scale_and_rotation(W)
+
+    reflected = float(torch.linalg.slogdet(W).sign) < 0
+    assert bool(parts.reflected[0]) == reflected
+    assert float(parts.scales[0]) == pytest.approx(float(S.mean()))
+    expected = torch.linalg.norm(W - S.mean() * U @ Vh) / torch.linalg.norm(W)
+    assert float(parts.deviations[0]) == pytest.approx(float(expected))
+
+
+def test_zero_matrix_is_no_scaled_rotation() -> None:
+    with pytest.raises(ValueError, match="no scaled rotation"):
+        split_scale_and_rotation(torch.zeros(1, 3, 3))
+
+
+def test_empty_batch_splits_into_empty_parts() -> None:
+    parts = split_scale_and_rotation(torch.zeros(0, 3, 3))
+
+    assert parts.rotations.shape == (0, 3, 3)
+    assert parts.reflected.dtype == torch.bool
