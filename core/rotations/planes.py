@@ -68,16 +68,27 @@ def rotate_in_planes(queries: Tensor, bases: Tensor, angles: Tensor) -> Tensor:
     return queries + change.flatten(-2) @ bases.mT
 
 
-def _factor(L: Tensor) -> tuple[Tensor, Tensor]:
-    """All planes of one [d, d] float64: [d, 2 (d // 2)] columns and [d // 2] angles, descending."""
+def _factor(L: Tensor, floor: float | None = None) -> tuple[Tensor, Tensor]:
+    """All planes of one [k, k] float64: [k, 2 (k // 2)] columns and [k // 2] angles, descending.
+
+    Squaring loses angles far below the largest; they come out as one group, which is split again
+    at its own scale. What is below ``floor`` is rounding: any orthonormal directions do.
+    """
+    k = len(L)
+    if floor is None:
+        floor = float(torch.linalg.matrix_norm(L)) * k * torch.finfo(L.dtype).eps
     squares, vectors = torch.linalg.eigh(L.mT @ L)
     squares, vectors = squares.flip(0), vectors.flip(1)  # descending
-    starts = squares.diff() < -SAME * squares[:1].clamp(min=1e-300)
-    bounds = [0, *(starts.nonzero().flatten() + 1).tolist(), len(squares)]
+    if float(squares[:1].clamp(min=0).sum()) <= floor**2:
+        return vectors[:, : k // 2 * 2], L.new_zeros(k // 2)
+    starts = squares.diff() < -SAME * squares[:1]
+    bounds = [0, *(starts.nonzero().flatten() + 1).tolist(), k]
     bases, angles = [], []
     for start, stop in itertools.pairwise(bounds):
         group = vectors[:, start:stop]
-        mix, sizes = split_planes(group.mT @ L @ group)
+        inside = group.mT @ L @ group
+        far_below = start > 0 and stop == k
+        mix, sizes = _factor(inside, floor) if far_below else split_planes(inside)
         bases.append((group @ mix)[:, : 2 * len(sizes)])
         angles.append(sizes)
     return _descending(torch.cat(bases, 1), torch.cat(angles))
