@@ -1,0 +1,15 @@
+"""The light client: ``Stillroom`` speaks HTTP, ``still`` is the command. No torch, no server."""
+
+from client.api import Stillroom
+from client.errors import ApiError, FileInTheWay, HashMismatch, StillroomError, Unreachable
+from client.wire import Retry
+
+__all__ = [
+    "ApiError",
+    "FileInTheWay",
+    "HashMismatch",
+    "Retry",
+    "Stillroom",
+    "StillroomError",
+    "Unreachable",
+]

@@ -1,8 +1,10 @@
 """How a student is trained: the one loop's settings, all of them saved in every checkpoint."""
 
+from __future__ import annotations
+
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from core.specs.base import Closed
 
@@ -15,13 +17,19 @@ class Losses(Closed):
     retrieval_kl: float = Field(0.05, ge=0, le=1e6, description="KL of in-batch retrieval, nats.")
     router_kl: float = Field(0.1, ge=0, le=1e6, description="KL(teacher weights || router), nats.")
 
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Losses:
+        if not any(self.model_dump().values()):
+            raise ValueError("all weights are 0; at least one term must weigh something")
+        return self
+
 
 class Training(Closed):
     """Optimizer, schedule, data and when to stop."""
 
-    epochs: int = Field(12, ge=1, le=100_000)
+    epochs: int = Field(8, ge=1, le=100_000)
     batch_size: int = Field(256, ge=1, le=65_536)
-    learning_rate: float = Field(1e-3, gt=0, le=10)
+    learning_rate: float = Field(2e-3, gt=0, le=10)
     weight_decay: float = Field(0.01, ge=0, le=10)
     scheduler: Literal["none", "cosine", "step"] = "cosine"
     warmup_steps: int = Field(50, ge=0, le=1_000_000)
@@ -32,7 +40,7 @@ class Training(Closed):
     )
     min_delta: float = Field(1e-4, ge=0, le=10, description="Validation cosine gain that counts.")
     augment: float = Field(
-        0.5,
+        0.25,
         ge=0,
         lt=1,
         description="Share of each batch that is made: SLERP between neighbours + tangent noise.",

@@ -1,0 +1,1 @@
+"""The subcommands of ``still``, one file per thing they deal with."""

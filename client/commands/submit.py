@@ -1,0 +1,207 @@
+"""``still submit KIND``: its options are made from the schema the server gives for the kind."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import click
+
+from client import fields
+from client.commands.jobs import follow
+from client.errors import StillroomError
+from client.session import (
+    OK,
+    Session,
+    clean,
+    connected,
+    connection_options,
+    labels_of,
+    say,
+    say_json,
+    screen,
+    session,
+)
+from client.views import KindView
+
+SHARED_HELP = "Objects and lists: --set training.epochs=5, --set 'list=[1, 2]'. May be repeated."
+
+
+def shared_options() -> list[click.Option]:
+    """Return the options every kind has beside its own fields."""
+    return [
+        click.Option(["--set", "changes"], multiple=True, metavar="PATH=VALUE", help=SHARED_HELP),
+        click.Option(["--label", "label"], multiple=True, metavar="KEY=VALUE", help="A free tag."),
+        click.Option(
+            ["--file", "from_file"],
+            type=click.File("r", encoding="utf-8"),
+            help="Start from this JSON spec; - reads standard input.",
+        ),
+        click.Option(["--watch", "watch"], is_flag=True, help="Follow the job until it ends."),
+    ]
+
+
+class Submit(click.Group):
+    """Its subcommands are the server's kinds."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Ask the server."""
+        return [kind["kind"] for kind in _kinds(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Make the command of one kind."""
+        for kind in _kinds(ctx):
+            if kind["kind"] == cmd_name:
+                return kind_command(kind)
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Read --url and its like from behind the kind first: they say whom to ask."""
+        peek = click.Command(
+            None,
+            params=list(connection_options()),
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        )
+        peek.make_context(None, args[1:], parent=ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the kinds, or say that the server does not answer."""
+        try:
+            rows = [(kind["kind"], clean(kind["summary"])) for kind in _kinds(ctx)]
+        except StillroomError as error:
+            rows = [("?", clean(str(error)))]
+        with formatter.section("Kinds"):
+            formatter.write_dl(rows)
+
+
+def _kinds(context: click.Context) -> Sequence[KindView]:
+    """Return the server's kinds, asked for once per command."""
+    here = session(context)
+    key = f"stillroom.kinds.{here.url}"
+    if key not in context.meta:
+        with here.client() as client:
+            context.meta[key] = client.kinds()
+    found: Sequence[KindView] = context.meta[key]
+    return found
+
+
+@click.group(cls=Submit, invoke_without_command=True, subcommand_metavar="[KIND] [OPTIONS]...")
+@click.pass_context
+def submit(
+    context: click.Context,
+    changes: tuple[str, ...],
+    label: tuple[str, ...],
+    from_file: TextIO | None,
+    *,
+    watch: bool,
+) -> None:
+    """Submit a job. `still submit KIND --help` shows a kind's fields."""
+    if context.invoked_subcommand is not None:
+        if changes or label or from_file is not None or watch:
+            raise click.UsageError(f"options stand after the kind: {context.invoked_subcommand}")
+        return
+    if from_file is None:
+        raise click.UsageError("name a KIND or give --file; `still kinds` lists the kinds")
+    spec = _read(from_file)
+    kind = next((k for k in _kinds(context) if k["kind"] == spec.get("kind")), None)
+    if kind is None:
+        known = ", ".join(k["kind"] for k in _kinds(context))
+        raise click.UsageError(f"kind {spec.get('kind')!r} in the file; there are: {known}")
+    _submit(spec, kind["schema"], changes, label, watch=watch)
+
+
+submit.params += [*shared_options(), *connection_options()]
+
+
+def kind_command(kind: KindView) -> click.Command:
+    """Return the command for one kind: an option per scalar field."""
+    schema = kind["schema"]
+    options = [fields.option(field) for field in fields.fields_of(schema, schema)]
+
+    def run(**given: Any) -> None:
+        source, changes, label = given.pop("from_file"), given.pop("changes"), given.pop("label")
+        watch = given.pop("watch")
+        spec = _read(source) if source is not None else {}
+        if spec.setdefault("kind", kind["kind"]) != kind["kind"]:
+            raise click.UsageError(f"the file is a spec of kind {spec['kind']!r}")
+        spec |= {name: value for name, value in given.items() if value is not None}
+        _submit(spec, schema, changes, label, watch=watch)
+
+    command = click.Command(
+        kind["kind"],
+        params=[*(made for made in options if made is not None), *shared_options()],
+        callback=run,
+        help=_help(kind),
+        epilog=_epilog(kind),
+        context_settings={"max_content_width": 100},
+    )
+    return connected(command)
+
+
+def _help(kind: KindView) -> str:
+    reads = [f"{name}: {' or '.join(formats)}" for name, formats in kind["inputs"].items()]
+    lines = [kind["summary"]]
+    if reads:
+        lines.append(f"Reads {', '.join(reads)}; each a SHA-256 or JOB/OUTPUT of any job.")
+    if kind["outputs"]:
+        lines.append(f"Makes {', '.join(kind['outputs'])}.")
+    return clean("\n\n".join(lines))
+
+
+def _epilog(kind: KindView) -> str:
+    """List the fields that only --set reaches, with an example."""
+    rows = [f"  {path}  {text}".rstrip() for path, text in fields.settable(kind["schema"])]
+    parts = [["Fields for --set:", *rows]] if rows else []
+    parts.append(["Example spec:", f"  {json.dumps(kind['example'])}"])
+    # A leading \b keeps click from rewrapping the paragraph.
+    return "\n\n".join("\b\n" + clean("\n".join(part)) for part in parts)
+
+
+def _read(source: TextIO) -> dict[str, Any]:
+    try:
+        spec = json.load(source)
+    except ValueError as error:
+        raise click.BadParameter(f"{source.name}: {error}", param_hint="--file") from error
+    if not isinstance(spec, dict):
+        raise click.BadParameter(f"{source.name} holds no JSON object", param_hint="--file")
+    return spec
+
+
+def _submit(
+    spec: dict[str, Any],
+    schema: Mapping[str, Any],
+    changes: tuple[str, ...],
+    label: tuple[str, ...],
+    *,
+    watch: bool,
+) -> None:
+    """Complete the spec, send it, and say what became of it."""
+    for change in changes:
+        fields.apply(spec, *fields.read_change(change, schema))
+    if label:
+        spec["labels"] = {**spec.get("labels", {}), **labels_of(label)}
+    fields.complete(spec, schema)
+    lacking = fields.absent(spec, schema)
+    if lacking:
+        named = ", ".join("--" + name.replace("_", "-") for name in lacking)
+        raise click.UsageError(f"missing: {named}")
+    _send(session(), spec, watch=watch)
+
+
+def _send(here: Session, spec: dict[str, Any], *, watch: bool) -> None:
+    with here.client() as client:
+        job = client.submit(spec)
+        if watch:
+            if not here.as_json and screen().is_terminal:
+                say(f"{job['id']} submitted")
+            follow(client, here, job["id"])
+    if here.as_json:
+        say_json(job)
+    elif screen().is_terminal:
+        say(f"{job['id']} {job['state']}  (`still watch {job['id']}`)")
+    else:
+        say(job["id"])
+    click.get_current_context().exit(OK)

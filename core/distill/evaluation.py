@@ -1,0 +1,318 @@
+"""Judges vectors against the truth and against the teacher, on held-out queries alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.distill.retrieval import Index, row_cosines
+from core.distill.routing import own_rows
+from core.distill.students._base import StudentModule
+from core.distill.teachers._base import BlendingTeacher
+from core.errors import DataInvalid
+from core.tensors.formats import Federated, Pairs
+from core.tensors.shards import Array
+
+RAW, GLOBAL, TOP1, NLERP, TEACHER = "raw", "global rotation", "top-1 W", "nlerp", "exact teacher"
+HITS = (1, 5, 10)
+OVERLAP = 10
+DRAWS = 1000
+"""Bootstrap resamples."""
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A paired difference of hit rates, with its 95 % bootstrap interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way of mapping queries is worth."""
+
+    name: str
+    hits: dict[int, float]
+    """Share of queries whose own target is among the nearest k."""
+    versus_raw: dict[int, Interval]
+    versus_teacher: dict[int, Interval]
+    cosine_mean: float
+    """To the exact teacher, as all three."""
+    cosine_p5: float
+    cosine_min: float
+    norm_drift: float
+    """Largest | |y| / |q| - 1 |."""
+    overlap: float
+    """Mean share of the teacher's nearest 10 that are among its own nearest 10."""
+    gap_closed: float | None
+    """(cosine - cosine of the global rotation) / (1 - the same); none where that is 1."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The whole judgement; a function of vectors and seed."""
+
+    rows: list[Row]
+    queries: int
+    """Distinct held-out queries judged."""
+    targets: int
+    """Distinct targets searched."""
+    dropped: int
+    """Held-out rows left out because another one has the same query."""
+    words: list[str]
+    """Warnings and findings, in plain words."""
+
+    def row(self, name: str) -> Row:
+        """Return one row by name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        whole = asdict(self)
+        for row in whole["rows"]:
+            for key in ("hits", "versus_raw", "versus_teacher"):
+                row[key] = {str(k): value for k, value in row[key].items()}
+        return whole
+
+
+def held_out(pairs: Pairs, model: Federated) -> tuple[Array, int]:
+    """Pick the rows to judge on: held out when the model was fitted, each query once.
+
+    Returns:
+        Rows of ``pairs`` (int64, ascending) and how many repeats were dropped.
+
+    Raises:
+        DataInvalid: nothing was held out (an imported model), or the rows are not of these pairs.
+    """
+    rows = model.held_out_rows
+    if not len(rows):
+        raise DataInvalid(
+            "held_out_rows: empty, the model has seen all its pairs; judge it on pairs of your "
+            "own, or fit one with a test_fraction"
+        )
+    if rows.max() >= len(pairs.queries):
+        raise DataInvalid(
+            f"held_out_rows: names row {rows.max()}; the pairs have {len(pairs.queries)} rows. "
+            "Give the pairs the model was fitted on"
+        )
+    _, first = np.unique(pairs.queries[rows], axis=0, return_index=True)
+    kept = rows[np.sort(first)]
+    return kept, len(rows) - len(kept)
+
+
+def unseen(pairs: Pairs, model: Federated) -> tuple[Array, int]:
+    """Pick the rows of other pairs to judge on: each query once, none the model was trained on.
+
+    Returns:
+        Rows of ``pairs`` (int64, ascending) and how many were dropped.
+    """
+    queries = pairs.queries.astype(np.float32)
+    _, first = np.unique(queries, axis=0, return_index=True)
+    known = own_rows(model.queries, queries)[:, 0] >= 0
+    rows = np.sort(first)
+    rows = rows[~known[rows]]
+    return rows, len(queries) - len(rows)
+
+
+def baselines(
+    teacher: BlendingTeacher, queries: Array, *, anchor: Array | None = None
+) -> dict[str, Array]:
+    """Map queries in every way a student is compared to.
+
+    Args:
+        teacher: exact.
+        queries: [Q, d].
+        anchor: the one global rotation; the model's own anchor where absent. Give
+            ``fitting.global_rotation`` of the training rows where that is the identity.
+    """
+    model, raw = teacher.model, queries.astype(np.float32)
+    outputs: dict[str, list[Array]] = {}
+    for start in range(0, len(raw), BLOCK_ROWS):
+        block = raw[start : start + BLOCK_ROWS]
+        mixture = teacher.mixture(block)
+        weights = mixture.dense().cpu().float().numpy()
+        one = (model.anchor if anchor is None else anchor).astype(np.float32)
+        found = {
+            RAW: block,
+            GLOBAL: block @ one,
+            TOP1: _top1(model, block, weights),
+            NLERP: _nlerp(model, block, weights),
+            TEACHER: teacher.blend(block, mixture).cpu().float().numpy(),
+        }
+        for name, vectors in found.items():
+            outputs.setdefault(name, []).append(vectors)
+    return {name: np.concatenate(parts) for name, parts in outputs.items()}
+
+
+def student_vectors(student: StudentModule, queries: Array, *, device: str = "cpu") -> Array:
+    """Map queries by a student, in blocks: [Q, d] float32."""
+    student = student.eval().to(device)
+    with torch.no_grad():
+        parts = [
+            student(torch.from_numpy(queries[start : start + BLOCK_ROWS]).float().to(device)).cpu()
+            for start in range(0, len(queries), BLOCK_ROWS)
+        ]
+    vectors: Array = torch.cat(parts).numpy()
+    return vectors
+
+
+def evaluate(
+    outputs: Mapping[str, Array], targets: Array, rows: Array, *, seed: int, dropped: int = 0
+) -> Evaluation:
+    """Judge every set of vectors against the truth and the exact teacher.
+
+    Args:
+        outputs: name -> [Q, d]; with the names of ``baselines``, students after them.
+        targets: [N, d], all of them: what is searched.
+        rows: [Q] int64, each query's own target.
+        seed: of the bootstrap.
+        dropped: repeats left out before, told in the result.
+    """
+    index = Index(targets)
+    ranks = {name: index.ranks(vectors, rows) for name, vectors in outputs.items()}
+    picks = np.random.default_rng(seed).integers(len(rows), size=(DRAWS, len(rows)))
+    judge = _Judge(outputs, index, ranks, picks)
+    found = [judge.row(name) for name in outputs]
+    return Evaluation(
+        rows=found,
+        queries=len(rows),
+        targets=len(index.targets),
+        dropped=dropped,
+        words=_words({row.name: row for row in found}, list(outputs)),
+    )
+
+
+def throughput(
+    student: Callable[[Tensor], Tensor], queries: Tensor, *, seconds: float = 1.0
+) -> float:
+    """Measure queries per second of a map at this batch size, after one warm-up.
+
+    A timing, so it belongs into metrics and never into a report: reports are the same every time.
+    """
+    done = 0
+    with torch.no_grad():
+        student(queries)
+        _finish(queries)
+        began = perf_counter()
+        while perf_counter() - began < seconds:
+            student(queries)
+            _finish(queries)
+            done += len(queries)
+    return done / (perf_counter() - began)
+
+
+def _finish(queries: Tensor) -> None:
+    if queries.is_cuda:
+        torch.cuda.synchronize(queries.device)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    outputs: Mapping[str, Array]
+    index: Index
+    ranks: Mapping[str, Array]
+    picks: Array
+    """[DRAWS, Q] resampled queries, the same for every row: differences are paired."""
+
+    def row(self, name: str) -> Row:
+        vectors, teacher = self.outputs[name], self.outputs[TEACHER]
+        cosines = row_cosines(vectors, teacher)
+        own = np.linalg.norm(self.outputs[RAW].astype(np.float64), axis=1)
+        drift = np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) / own - 1)
+        near, wanted = (self.index.nearest(found, OVERLAP) for found in (vectors, teacher))
+        common = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(near, wanted, strict=True)]
+        return Row(
+            name=name,
+            hits={k: float((self.ranks[name] < k).mean()) for k in HITS},
+            versus_raw={k: self._interval(name, RAW, k) for k in HITS},
+            versus_teacher={k: self._interval(name, TEACHER, k) for k in HITS},
+            cosine_mean=float(cosines.mean()),
+            cosine_p5=float(np.percentile(cosines, 5)),
+            cosine_min=float(cosines.min()),
+            norm_drift=float(drift.max()),
+            overlap=float(np.mean(common)),
+            gap_closed=self._gap(float(cosines.mean())),
+        )
+
+    def _interval(self, name: str, against: str, k: int) -> Interval:
+        wins = (self.ranks[name] < k).astype(np.float64) - (self.ranks[against] < k)
+        low, high = np.percentile(wins[self.picks].mean(axis=1), [2.5, 97.5])
+        return Interval(float(wins.mean()), float(low), float(high))
+
+    def _gap(self, cosine: float) -> float | None:
+        start = float(row_cosines(self.outputs[GLOBAL], self.outputs[TEACHER]).mean())
+        return (cosine - start) / (1 - start) if 1 - start > 1e-9 else None
+
+
+def _top1(model: Federated, queries: Array, weights: Array) -> Array:
+    """Apply the heaviest cluster's own map."""
+    best = weights.argmax(axis=1)
+    result = np.empty_like(queries)
+    for number in np.unique(best):
+        rows = best == number
+        result[rows] = queries[rows] @ (model.scales[number] * model.rotations[number])
+    return result
+
+
+def _nlerp(model: Federated, queries: Array, weights: Array) -> Array:
+    """Average the clusters' answers and put them back to the query's length."""
+    total = np.zeros_like(queries)
+    for number, rotation in enumerate(model.rotations):
+        rows = np.flatnonzero(weights[:, number])
+        total[rows] += weights[rows, number, None] * (queries[rows] @ rotation)
+    lengths = np.linalg.norm(queries, axis=1) / np.linalg.norm(total, axis=1).clip(min=1e-30)
+    scaled: Array = total * lengths[:, None]
+    return scaled
+
+
+def _words(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
+    teacher, one = rows[TEACHER], rows[GLOBAL]
+    gain = teacher.versus_raw[1]
+    span = f"{_points(gain.difference)} points of hit@1 {_between(gain)}"
+    if gain.low > 0:
+        words = [f"The teacher beats the raw queries by {span}."]
+    else:
+        words = [
+            f"Warning: the teacher does not beat the raw queries: {span}. A student of it is "
+            "worth no more than no student."
+        ]
+    if teacher.hits[1] < one.hits[1]:
+        words.append(
+            f"Warning: one global rotation finds more ({one.hits[1]:.4f}) than the teacher "
+            f"({teacher.hits[1]:.4f})."
+        )
+    for name in names:
+        if name in (RAW, GLOBAL, TOP1, NLERP, TEACHER):
+            continue
+        row = rows[name]
+        lost = row.versus_teacher[1]
+        words.append(
+            f"{name} has cosine {row.cosine_mean:.5f} to the teacher{_gap_words(row)}; its hit@1 "
+            f"differs by {_points(lost.difference)} points {_between(lost)}."
+        )
+    return words
+
+
+def _gap_words(row: Row) -> str:
+    if row.gap_closed is None:
+        return ""
+    if row.gap_closed <= 0:
+        return ", no nearer than one global rotation"
+    return f" and closes {row.gap_closed:.1%} of the gap that one global rotation leaves"
+
+
+def _between(interval: Interval) -> str:
+    return f"(95 % {_points(interval.low)} to {_points(interval.high)})"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"

@@ -1,0 +1,154 @@
+"""Writes what was found: report.json, report.md and two pictures, the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from core.distill.evaluation import Evaluation, Row
+
+INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
+HEADER = (
+    "| | hit@1 | hit@5 | hit@10 | hit@1 - raw (95 %) | hit@1 - teacher (95 %) | cosine | p5 | min "
+    "| overlap@10 | gap closed | norm drift |"
+)
+
+
+def write_report(
+    folder: Path,
+    evaluation: Evaluation,
+    *,
+    title: str,
+    history: Sequence[Mapping[str, float]] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Path]:
+    """Write every file into ``folder``; nothing timed or dated may be in the arguments.
+
+    Args:
+        folder: exists.
+        evaluation: what was measured.
+        title: of the report.
+        history: of the training, one row per epoch; without one there is no loss curve.
+        facts: JSON values: settings, sizes.
+
+    Returns:
+        Paths by name: report_json, report_md, hits_png and, with a history, loss_curve_png.
+    """
+    paths = {
+        "report_json": folder / "report.json",
+        "report_md": folder / "report.md",
+        "hits_png": folder / "hits.png",
+    }
+    whole = {
+        "title": title,
+        "evaluation": evaluation.as_json(),
+        "facts": dict(facts or {}),
+        "history": [dict(row) for row in history],
+    }
+    text = json.dumps(whole, sort_keys=True, indent=1, allow_nan=False)
+    paths["report_json"].write_text(text + "\n", encoding="utf-8")
+    paths["report_md"].write_text(
+        markdown(evaluation, title=title, facts=facts, trained=bool(history)), encoding="utf-8"
+    )
+    draw_hits(paths["hits_png"], evaluation)
+    if history:
+        paths["loss_curve_png"] = folder / "loss_curve.png"
+        draw_loss(paths["loss_curve_png"], history)
+    return paths
+
+
+def markdown(
+    evaluation: Evaluation,
+    *,
+    title: str,
+    facts: Mapping[str, Any] | None = None,
+    trained: bool = False,
+) -> str:
+    """Return the report for people: the findings in words, the table, pictures, the settings.
+
+    The pictures lie beside the report; ``trained``: there is a loss curve among them.
+    """
+    dropped = f" ({evaluation.dropped} repeated queries left out)" if evaluation.dropped else ""
+    lines = [
+        f"# {title}",
+        "",
+        f"{evaluation.queries} held-out queries{dropped}, searched among {evaluation.targets} "
+        "distinct targets. Cosine, overlap and gap are against the exact teacher.",
+        "",
+        *(f"- {sentence}" for sentence in evaluation.words),
+        "",
+        HEADER,
+        "|---" * (HEADER.count("|") - 1) + "|",
+        *(_line(row) for row in evaluation.rows),
+        "",
+        "![hit@1, 5 and 10 of every row](hits.png)",
+        "",
+        *(("![loss and validation cosine per epoch](loss_curve.png)", "") if trained else ()),
+    ]
+    if facts:
+        settings = json.dumps(dict(facts), sort_keys=True, indent=1, allow_nan=False)
+        lines += ["```json", settings, "```", ""]
+    return "\n".join(lines)
+
+
+def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Draw loss (log scale) and validation cosine against the epoch."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    epochs = [row["epoch"] for row in history]
+    axes.plot(epochs, [row["loss"] for row in history], color=INK, label="loss")
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    right = axes.twinx()
+    cosines = [row["validation_cosine"] for row in history]
+    right.plot(epochs, cosines, color=STRONG, label="validation cosine")
+    right.set_ylabel("cosine to the teacher", color=STRONG)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def draw_hits(path: Path, evaluation: Evaluation) -> None:
+    """Draw hit@1, 5 and 10 of every row as bars."""
+    rows = evaluation.rows
+    figure = Figure(figsize=(7, 1 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for shift, (k, colour) in zip(
+        (-0.26, 0, 0.26), ((1, STRONG), (5, QUIET), (10, "#d5dbe1")), strict=True
+    ):
+        places = [place + shift for place in range(len(rows))]
+        bars = axes.barh(
+            places, [row.hits[k] for row in rows], 0.24, color=colour, label=f"hit@{k}"
+        )
+        if k == 1:
+            axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.05), xlabel="share of held-out queries")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG without its writer's version."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
+def _line(row: Row) -> str:
+    cells = [
+        row.name,
+        *(f"{row.hits[k]:.4f}" for k in row.hits),
+        *(
+            f"{100 * span.difference:+.2f} ({100 * span.low:+.2f} to {100 * span.high:+.2f})"
+            for span in (row.versus_raw[1], row.versus_teacher[1])
+        ),
+        *(f"{value:.5f}" for value in (row.cosine_mean, row.cosine_p5, row.cosine_min)),
+        f"{row.overlap:.4f}",
+        "-" if row.gap_closed is None else f"{row.gap_closed:.4f}",
+        f"{row.norm_drift:.1e}",
+    ]
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,110 @@
+"""What a student is, and how its plugin hands it over.
+
+A file in this package is a student; its name is the one in the spec. It ends in
+``STUDENT = Student(spec=..., build=..., restore=...)``; its spec is in core/specs/students.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.distill.graph import Graph
+from core.distill.teachers._base import BlendingTeacher
+from core.errors import DataInvalid
+from core.registry import scan
+from core.specs.base import Closed
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a student says about a batch while it is trained."""
+
+    vectors: Tensor
+    """[B, d]."""
+    log_weights: Tensor | None = None
+    """[B, C] log of its own weights over the clusters; None where it has no learnt router."""
+
+
+class StudentModule(nn.Module, ABC):
+    """A map of queries that keeps their lengths: ``forward([B, d]) -> [B, d]`` float32."""
+
+    config: dict[str, Any]
+    """JSON values; with the state dict enough to build the module again."""
+
+    @abstractmethod
+    def forward(self, queries: Tensor) -> Tensor:
+        """Map [B, d] queries to [B, d]."""
+
+    @abstractmethod
+    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+        """Map training queries, differentiably.
+
+        Args:
+            queries: [B, d].
+            weights: [B, C], the teacher's; a student that routes over training queries takes
+                them as its own, for here a query must not find itself.
+        """
+
+    @abstractmethod
+    def emit(self, graph: Graph, queries: str) -> str:
+        """Add ``forward`` to an ONNX graph; return the name of its result."""
+
+    def retract(self) -> None:
+        """Put parameters back onto their manifold, after each step."""
+
+    def gentle(self) -> list[nn.Parameter]:
+        """Parameters that move slowly and never decay (bases, angles)."""
+        return []
+
+
+@dataclass(frozen=True)
+class Student:
+    """A plugin: what may be said about it, how it is made and how it comes back."""
+
+    spec: type[Closed]
+    build: Callable[[Any, BlendingTeacher, int], StudentModule]
+    """(spec, teacher, seed) -> an untrained student on the CPU, initialised from the teacher."""
+    restore: Callable[[Mapping[str, Any]], StudentModule]
+    """config -> a student whose state is then loaded."""
+
+
+def students() -> Mapping[str, Student]:
+    """Return every student by name."""
+    return scan("core.distill.students", "STUDENT", Student)
+
+
+def build_student(spec: Any, teacher: BlendingTeacher, seed: int) -> StudentModule:
+    """Build the student a spec names; draws from ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return students()[spec.name].build(spec, teacher, seed)
+
+
+def restore_student(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> StudentModule:
+    """Rebuild a student from its config and state dict.
+
+    Raises:
+        DataInvalid: no such student, or the state does not fit the config.
+    """
+    name = str(config.get("name"))
+    if name not in students():
+        raise DataInvalid(f"config.name {name!r}; allowed: {', '.join(students())}")
+    module = students()[name].restore(config)
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise DataInvalid(f"the student's state does not fit its config: {error}") from error
+    return module.eval()
+
+
+def keep_length(vectors: Tensor, like: Tensor) -> Tensor:
+    """Scale rows to the lengths of ``like``: takes away what rounding added over many factors."""
+    lengths = vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    kept: Tensor = vectors * (like.norm(dim=-1, keepdim=True) / lengths)
+    return kept

@@ -1,0 +1,171 @@
+"""A product of the clusters' rotations, each in its few planes, weighed by a router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from core.distill.graph import Graph
+from core.distill.students._base import Routed, Student, StudentModule, keep_length
+from core.distill.students._routers import ExactRouter, LearntRouter
+from core.distill.students._strang import strang_product
+from core.distill.teachers._base import BlendingTeacher
+from core.errors import SpecInvalid
+from core.rotations.planes import plane_factors
+from core.specs.students import RotorProduct
+
+BLOCK_ROWS = 2048
+"""Queries mapped at a time where no gradient is kept."""
+
+
+class RotorProductStudent(StudentModule):
+    """``q G prod_c exp(w_c L_c / 2)``, forward then reversed.
+
+    G and the planes come from the teacher, so that untrained, with the exact router, only the
+    splitting and the planes left out separate it from the teacher.
+    """
+
+    def __init__(
+        self,
+        router: ExactRouter | LearntRouter,
+        *,
+        dim: int,
+        clusters: int,
+        planes: int,
+        train_planes: bool,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "name": "rotor_product",
+            "dim": dim,
+            "clusters": clusters,
+            "planes": planes,
+            "train_planes": train_planes,
+            "router": router.config,
+        }
+        self.router = router
+        self.anchor: Tensor
+        self.register_buffer("anchor", torch.eye(dim))
+        self.bases = nn.Parameter(torch.zeros(clusters, dim, 2 * planes), train_planes)
+        self.angles = nn.Parameter(torch.zeros(clusters, planes), train_planes)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Map [B, d] queries to [B, d]."""
+        parts = [
+            self._rotate(part, self.router.log_weights(part).exp())
+            for part in queries.split(BLOCK_ROWS)
+        ]
+        return torch.cat(parts)
+
+    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+        """Map training queries; the exact router takes the teacher's own weights."""
+        if isinstance(self.router, ExactRouter):
+            return Routed(self._rotate(queries, weights))
+        log_weights = self.router.log_weights(queries)
+        return Routed(self._rotate(queries, log_weights.exp()), log_weights)
+
+    def retract(self) -> None:
+        """Make the planes' columns orthonormal again, by the QR of their Gram matrix's root."""
+        if self.bases.requires_grad:
+            with torch.no_grad():
+                self.bases.copy_(orthonormal(self.bases))
+
+    def gentle(self) -> list[nn.Parameter]:
+        """Bases and angles."""
+        return [self.bases, self.angles] if self.bases.requires_grad else []
+
+    def _rotate(self, queries: Tensor, weights: Tensor) -> Tensor:
+        turned = strang_product(queries @ self.anchor, weights, self.bases, self.angles)
+        return keep_length(turned, queries)
+
+    def emit(self, graph: Graph, queries: str) -> str:
+        """Add ``forward`` to an ONNX graph: one Scan over the clusters each way."""
+        weights = self.router.emit(graph, queries)  # [B, C]
+        weights = graph.op("Transpose", weights, perm=[1, 0])
+        weights = graph.op("Unsqueeze", weights, graph.axes(2))  # [C, B, 1]
+        x = graph.op("MatMul", queries, graph.constant(self.anchor))
+        inputs = [graph.constant(self.bases), graph.constant(self.angles / 2), weights]
+        for backwards in (False, True):
+            body = _factor_graph(self.config, f"{'back' if backwards else 'forth'}_")
+            x = graph.scan(body, x, inputs, backwards=backwards)
+        scale = graph.op("Div", graph.norm(queries), graph.norm(x))
+        return graph.op("Mul", x, scale)
+
+
+def orthonormal(bases: Tensor) -> Tensor:
+    """Return Q of B = Q R with positive diagonal, through the Cholesky factor of B^T B.
+
+    Args:
+        bases: [C, d, 2m], columns near orthonormal (off by less than 0.1).
+    """
+    root = torch.linalg.cholesky(bases.mT @ bases)  # lower: B^T B = R^T R
+    columns: Tensor = torch.linalg.solve_triangular(root.mT, bases, upper=True, left=False)
+    return columns
+
+
+def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:
+    """One factor: (x [B, d]; basis [d, 2m], half angles [m], weight [B, 1]) -> x."""
+    dim, m = config["dim"], config["planes"]
+    graph = Graph(prefix)
+    state, basis, half, weight = (f"{prefix}{name}" for name in ("x", "basis", "half", "weight"))
+    angle = graph.op("Mul", weight, half)  # [B, m]
+    sine = graph.op("Sin", angle)
+    quarter = graph.op("Sin", graph.op("Mul", angle, graph.constant(0.5)))
+    versine = graph.op("Mul", graph.op("Mul", quarter, quarter), graph.constant(-2.0))
+    coordinates = graph.op("MatMul", state, basis)
+    sizes = graph.axes(m, m)
+    along = graph.op("Split", coordinates, sizes, outputs=2, axis=1)
+    across = f"{along}.1"
+    first = graph.op("Sub", graph.op("Mul", along, versine), graph.op("Mul", across, sine))
+    second = graph.op("Add", graph.op("Mul", along, sine), graph.op("Mul", across, versine))
+    change = graph.op("Concat", first, second, axis=1)
+    moved = graph.op("MatMul", change, graph.op("Transpose", basis, perm=[1, 0]))
+    result = graph.op("Add", state, moved)
+    shapes = {state: ["batch", dim], basis: [dim, 2 * m], half: [m], weight: ["batch", 1]}
+    return helper.make_graph(
+        graph.nodes,
+        f"{prefix}factor",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
+        [helper.make_tensor_value_info(result, TensorProto.FLOAT, ["batch", dim])],
+        initializer=graph.constants,
+    )
+
+
+def build(spec: RotorProduct, teacher: BlendingTeacher, seed: int) -> RotorProductStudent:
+    """Take G and the planes from the teacher, and its routing where that is exact."""
+    clusters, dim, _ = teacher.bivectors.shape
+    planes = dim // 2 if spec.planes is None else min(spec.planes, dim // 2)
+    router: ExactRouter | LearntRouter
+    if spec.router == "exact":
+        router = ExactRouter.of(teacher)
+    else:
+        router = LearntRouter.of(teacher, hidden=spec.router_hidden, seed=seed)
+    student = RotorProductStudent(
+        router, dim=dim, clusters=clusters, planes=planes, train_planes=spec.train_planes
+    )
+    factors = plane_factors(teacher.bivectors.cpu(), planes=planes)
+    with torch.no_grad():
+        halves = [factors.bases[..., 0::2], factors.bases[..., 1::2]]
+        student.bases.copy_(torch.cat(halves, dim=-1))
+        student.angles.copy_(factors.angles)
+        student.anchor.copy_(teacher.anchor)
+    return student
+
+
+def restore(config: Mapping[str, Any]) -> RotorProductStudent:
+    """Build from a saved config, on zeros."""
+    kinds = {"exact": ExactRouter, "learnt": LearntRouter}
+    values = {key: value for key, value in config.items() if key not in ("name", "router")}
+    routing = dict(config["router"])
+    kind = routing.pop("kind")
+    if kind not in kinds:
+        raise SpecInvalid(f"config.router.kind {kind!r}; allowed: {', '.join(kinds)}")
+    return RotorProductStudent(kinds[kind](**routing), **values)
+
+
+STUDENT = Student(spec=RotorProduct, build=build, restore=restore)
