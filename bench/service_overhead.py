@@ -14,14 +14,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Any
 
 import numpy as np
+import torch
 
 from api.embedded import worker_env
 from bench._report import Figure, options, print_table, seconds, verdict
 from client import Retry, Stillroom, StillroomError
+from core.distill import evaluation, fitting
+from core.distill.curriculum import training_data
+from core.distill.export import export_student
+from core.distill.report import write_report
+from core.distill.students._base import build_student
+from core.distill.teachers.rotational import RotationalTeacher
+from core.distill.training import TrainState, run_epochs
 from core.settings import Settings
+from core.specs.clusterings import KMeans
+from core.specs.students import RotorProduct
+from core.specs.teachers import Rotational
+from core.specs.training import Training
+from core.tensors.formats import Pairs, save_federated
 
 BAR = 1.1
 DATA = Path(__file__).resolve().parents[1] / "examples" / "wordnet" / "embeddings.npz"
@@ -31,19 +43,6 @@ PORT = 8377
 
 def plain(pairs_file: Path, folder: Path, *, clusters: int, seed: int) -> None:
     """Run the chain's functions one after another and write the files a user would keep."""
-    from core.distill import evaluation, fitting
-    from core.distill.curriculum import training_data
-    from core.distill.export import export_student
-    from core.distill.report import write_report
-    from core.distill.students._base import build_student
-    from core.distill.teachers.rotational import RotationalTeacher
-    from core.distill.training import TrainState, run_epochs
-    from core.specs.clusterings import KMeans
-    from core.specs.students import RotorProduct
-    from core.specs.teachers import Rotational
-    from core.specs.training import Training
-    from core.tensors.formats import Pairs, save_federated
-
     with np.load(pairs_file) as data:
         queries, targets = data["query_embeddings"], data["target_embeddings"]
         pairs = Pairs([str(name) for name in data["ids"]], queries, targets)
@@ -51,7 +50,7 @@ def plain(pairs_file: Path, folder: Path, *, clusters: int, seed: int) -> None:
     save_federated(folder / "model.safetensors", model)
     teacher = RotationalTeacher(model, Rotational())
     own = np.arange(len(model.queries))
-    answers = teacher.targets(model.queries, exclude_rows=as_tensor(own))
+    answers = teacher.targets(model.queries, exclude_rows=torch.from_numpy(own))
     training = Training()
     examples = training_data(teacher, answers, training, seed=seed)
     state = TrainState.start(build_student(RotorProduct(), teacher, seed), training, seed=seed)
@@ -65,13 +64,6 @@ def plain(pairs_file: Path, folder: Path, *, clusters: int, seed: int) -> None:
     wanted = pairs.targets.astype(np.float32)
     judged = evaluation.evaluate(outputs, wanted, rows, seed=seed, dropped=dropped)
     write_report(folder, judged, title="plain", history=state.history)
-
-
-def as_tensor(rows: Any) -> Any:
-    """Return rows as a tensor; torch is loaded only on the plain side."""
-    import torch
-
-    return torch.from_numpy(rows)
 
 
 def plain_seconds(settings: Settings, folder: Path, seed: int) -> float:

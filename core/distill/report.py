@@ -97,12 +97,18 @@ def markdown(
 
 
 def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Draw loss (log scale) and validation cosine against the epoch."""
+    """Draw loss (log scale) and validation cosine against the epoch; says so where none ran."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    if not history:
+        axes.text(0.5, 0.5, "nothing to train: no epoch ran", ha="center", color=INK)
+        axes.set_axis_off()
+        _save(figure, path)
+        return
     epochs = [row["epoch"] for row in history]
-    axes.plot(epochs, [row["loss"] for row in history], color=INK, label="loss")
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    losses = [row["loss"] for row in history]
+    axes.plot(epochs, losses, color=INK, label="loss")
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
     right = axes.twinx()
     cosines = [row["validation_cosine"] for row in history]
     right.plot(epochs, cosines, color=STRONG, label="validation cosine")

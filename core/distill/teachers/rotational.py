@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,7 +62,6 @@ class RotationalTeacher:
             )
         self.bivectors = self._tensor(bivectors)
         self.anchor = self._tensor(blend_anchor(model, spec))
-        self._norms = spectral_norms(self.bivectors)
         self._log_scales = self._tensor(model.scales).log() if (model.scales != 1).any() else None
         self._keys = self._tensor(model.queries)
         self._cluster_of = torch.from_numpy(model.cluster_of).to(self.device)
@@ -100,6 +100,11 @@ class RotationalTeacher:
             norms=self._norms,
             log_scales=self._log_scales,
         )
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        """[C] bounds of the bivectors' norms; seconds to compute, and needed only to blend."""
+        return spectral_norms(self.bivectors)
 
     def fingerprint(self) -> str:
         """Return SHA-256 hex of everything but the query that a target depends on."""

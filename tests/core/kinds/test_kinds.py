@@ -1,0 +1,389 @@
+"""What every kind owes: an honest example, the outputs it promises, and the same bytes twice."""
+
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import Engine, select
+
+from core.artifacts.store import LocalStore
+from core.db.models import Artifact, Chunk, Job, Output
+from core.db.session import insert_new, make_engine, reading, transaction, upgrade
+from core.distill.export import load_student
+from core.errors import SpecInvalid
+from core.jobs import lease, lineage, scheduler, service, status
+from core.jobs.runner import Runner
+from core.kinds._base import kinds
+from core.tensors.formats import Pairs, save_pairs
+from tests.conftest import Clock, make_runner
+
+TRAINING = {"epochs": 3, "batch_size": 32, "warmup_steps": 2}
+CLUSTERING = {"method": "kmeans", "max_clusters": 4, "min_cluster_size": 4}
+
+
+def tiny_pairs(rows: int = 120, dim: int = 16, seed: int = 0) -> Pairs:
+    """Four groups, each rotated a little differently, with noise."""
+    random = np.random.default_rng(seed)
+    group = np.arange(rows) % 4
+    centres = random.normal(size=(4, dim))
+    queries = centres[group] + 0.5 * random.normal(size=(rows, dim))
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    turns = [np.linalg.qr(np.eye(dim) + 0.2 * random.normal(size=(dim, dim)))[0] for _ in range(4)]
+    targets = np.stack([query @ turns[g] for query, g in zip(queries, group, strict=True)])
+    return Pairs(
+        ids=[f"row{row}" for row in range(rows)],
+        queries=queries.astype(np.float32),
+        targets=targets.astype(np.float32),
+        groups=[f"g{g}" for g in group],
+    )
+
+
+class World:
+    """A database, a store and a runner, without HTTP."""
+
+    def __init__(self, engine: Engine, folder: Path, clock: Clock) -> None:
+        self.engine, self.clock, self.folder = engine, clock, folder
+        self.store = LocalStore(folder / "store")
+        self.runner: Runner = make_runner(engine, self.store, clock, folder)
+
+    def upload(self, pairs: Pairs) -> str:
+        path = self.folder / "pairs.safetensors"
+        save_pairs(path, pairs)
+        blob = self.store.put(path)
+        values = {
+            "sha256": blob.sha256,
+            "size_bytes": blob.size_bytes,
+            "format": "pairs",
+            "media_type": "application/octet-stream",
+            "file_name": "pairs.safetensors",
+            "meta": pairs.meta(),
+            "created_at": self.clock(),
+        }
+        with transaction(self.engine) as session:
+            insert_new(session, Artifact, values)
+        return blob.sha256
+
+    def submit(self, **spec: Any) -> str:
+        parsed = kinds()[spec["kind"]].spec.model_validate(spec)
+        with transaction(self.engine) as session:
+            return service.submit(session, parsed, now=self.clock()).id
+
+    def run(self) -> None:
+        while self.runner.run_one():
+            self.clock.tick(seconds=1)
+
+    def job(self, job_id: str) -> Job:
+        with reading(self.engine) as session:
+            return service.get(session, job_id)
+
+    def status(self, job_id: str) -> status.JobStatus:
+        with reading(self.engine) as session:
+            return status.describe(session, [service.get(session, job_id)], now=self.clock())[0]
+
+    def path(self, job_id: str, name: str) -> Path:
+        return self.store.path(self.status(job_id).artifacts[name])
+
+    def files(self) -> dict[tuple[str, str, int, str], str]:
+        """Everything stored, by kind, stage, chunk and name."""
+        with reading(self.engine) as session:
+            query = (
+                select(Job.kind, Chunk.stage, Chunk.index, Output.name, Output.sha256)
+                .join(Chunk, Chunk.id == Output.chunk_id)
+                .join(Job, Job.id == Output.job_id)
+            )
+            return {(row[0], row[1], row[2], row[3]): row[4] for row in session.execute(query)}
+
+    def chain(self, pairs: str, **student: Any) -> dict[str, str]:
+        """Every kind once, by reference, before any of it has run."""
+        fit = self.submit(kind="fit_federated", pairs=pairs, clustering=CLUSTERING)
+        model = f"{fit}/model"
+        cache = self.submit(kind="cache_targets", model=model, rows_per_chunk=50)
+        distill = self.submit(
+            kind="distill",
+            model=model,
+            targets=f"{cache}/targets",
+            student=student or {"name": "rotor_product", "router_hidden": 16},
+            training=TRAINING,
+        )
+        evaluate = self.submit(
+            kind="evaluate", pairs=pairs, model=model, student=f"{distill}/student"
+        )
+        echo = self.submit(kind="echo", text="hi", times=2)
+        jobs = (fit, cache, distill, evaluate, echo)
+        return {self.job(job_id).kind: job_id for job_id in jobs}
+
+
+@pytest.fixture
+def world(engine: Engine, tmp_path: Path, clock: Clock) -> World:
+    return World(engine, tmp_path, clock)
+
+
+@pytest.fixture
+def other_world(tmp_path: Path) -> World:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    engine = make_engine(f"sqlite:///{folder / 'other.db'}")
+    upgrade(engine)
+    return World(engine, folder, Clock())
+
+
+@pytest.mark.parametrize("name", sorted(kinds()))
+def test_the_example_is_valid_and_the_spec_is_closed(name: str) -> None:
+    kind = kinds()[name]
+
+    spec = kind.spec.model_validate(kind.example)
+
+    assert spec.kind == name
+    assert kind.summary.endswith(".")
+    with pytest.raises(ValidationError):
+        kind.spec.model_validate({**kind.example, "unheard_of": 1})
+    with pytest.raises(ValidationError):
+        spec.seed = 3  # type: ignore[misc]
+
+
+def test_every_kind_makes_what_it_promises(world: World) -> None:
+    jobs = world.chain(world.upload(tiny_pairs()))
+    assert set(jobs) == set(kinds()), "a new kind joins the chain above"
+    waiting = world.status(jobs["evaluate"])
+    assert waiting.waits_for is not None
+    assert jobs["distill"] in waiting.waits_for
+
+    world.run()
+
+    for name, job_id in jobs.items():
+        assert world.job(job_id).state == "succeeded", world.job(job_id).error
+        with reading(world.engine) as session:
+            made = lineage.outputs_of(session, job_id, role="artifact")
+        formats = {output.name: artifact.format for output, artifact in made}
+        assert formats == dict(kinds()[name].outputs)
+        assert world.status(job_id).progress.fraction == 1
+    assert not list(world.runner.scratch.iterdir())
+
+
+def test_every_chunk_gives_the_same_bytes_elsewhere(world: World, other_world: World) -> None:
+    world.chain(world.upload(tiny_pairs()))
+    world.run()
+
+    other_world.chain(other_world.upload(tiny_pairs()))
+    _run_every_chunk_twice(other_world)
+
+    assert other_world.files() == world.files()
+
+
+def _run_every_chunk_twice(world: World) -> None:
+    """Run each chunk, lose the lease before its write, and run it again."""
+    while True:
+        with transaction(world.engine) as session:
+            best = scheduler.pick(session)
+            if best is None:
+                return
+            dead = lease.claim(
+                session, best, owner="dead", now=world.clock(), lease=timedelta(seconds=30)
+            )
+        assert dead is not None
+        world.clock.tick(seconds=31)
+        with transaction(world.engine) as session:
+            lease.release_expired(session, now=world.clock(), max_failures=3)
+        world.runner.run_one()
+
+
+def test_the_same_work_is_found_again_across_jobs(world: World) -> None:
+    pairs = world.upload(tiny_pairs())
+    first = world.chain(pairs)
+    world.run()
+    second = world.chain(pairs)
+    world.run()
+
+    assert world.status(first["cache_targets"]).cache_hits == 0
+    again = world.status(second["cache_targets"])
+    assert again.cache_hits == 3, "one bivector block and two target blocks"
+    assert again.artifacts == world.status(first["cache_targets"]).artifacts
+
+
+def test_a_lost_blob_is_computed_again(world: World) -> None:
+    pairs = world.upload(tiny_pairs())
+    first = world.chain(pairs)
+    world.run()
+    wanted = world.status(first["cache_targets"]).artifacts
+    with reading(world.engine) as session:
+        made = lineage.outputs_of(session, first["cache_targets"], role="checkpoint")
+    for output, _ in made:
+        world.store.delete(output.sha256)
+
+    second = world.chain(pairs)
+    world.run()
+
+    assert world.status(second["cache_targets"]).artifacts == wanted
+    assert world.status(second["distill"]).artifacts == world.status(first["distill"]).artifacts
+
+
+def test_targets_may_be_left_out_and_change_nothing(world: World) -> None:
+    jobs = world.chain(world.upload(tiny_pairs()))
+    alone = world.submit(
+        kind="distill",
+        model=f"{jobs['fit_federated']}/model",
+        student={"name": "rotor_product", "router_hidden": 16},
+        training=TRAINING,
+    )
+    world.run()
+
+    assert world.job(alone).state == "succeeded"
+    assert world.status(alone).artifacts == world.status(jobs["distill"]).artifacts
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"name": "canonical", "n_components": 4, "layers": 1, "heads": 2},
+        {"name": "rotor_product", "router": "exact", "planes": 3},
+        {"name": "rotor_product", "router": "exact", "train_planes": False},
+    ],
+)
+def test_every_student_goes_the_whole_way(other_world: World, student: dict[str, Any]) -> None:
+    jobs = other_world.chain(other_world.upload(tiny_pairs()), **student)
+    other_world.run()
+
+    assert other_world.job(jobs["evaluate"]).state == "succeeded", other_world.job(
+        jobs["distill"]
+    ).error
+    link = other_world.folder / "student.pt"
+    link.symlink_to(other_world.path(jobs["distill"], "student_pt"))
+    assert load_student(link).config["name"] == student["name"]
+
+
+@pytest.mark.parametrize(
+    "clustering",
+    [
+        {"method": "mst", "max_clusters": 4, "min_cluster_size": 5},
+        {"method": "groups"},
+        {"method": "kmeans", "max_clusters": 50, "min_cluster_size": 10},
+    ],
+)
+def test_every_clustering_fits(other_world: World, clustering: dict[str, Any]) -> None:
+    pairs = other_world.upload(tiny_pairs())
+    job_id = other_world.submit(
+        kind="fit_federated", pairs=pairs, clustering=clustering, strength=1.0, temperature=0.1
+    )
+    other_world.run()
+
+    assert other_world.job(job_id).state == "succeeded", other_world.job(job_id).error
+
+
+def _refused(world: World, match: str, **spec: Any) -> str | None:
+    with pytest.raises(SpecInvalid, match=match) as caught:
+        world.submit(**spec)
+    with reading(world.engine) as session:
+        ids = set(session.scalars(select(Job.id)))
+        assert ids == set(session.scalars(select(Chunk.job_id))), "nothing half-written stays"
+    return caught.value.pointer
+
+
+def test_what_cannot_work_is_refused_before_it_runs(other_world: World) -> None:
+    world = other_world
+    pairs = world.upload(tiny_pairs())
+    jobs = world.chain(pairs)
+    world.run()
+    model = world.status(jobs["fit_federated"]).artifacts["model"]
+    targets = world.status(jobs["cache_targets"]).artifacts["targets"]
+    student = world.status(jobs["distill"]).artifacts["student"]
+    wide = world.upload(tiny_pairs(dim=20))
+    nameless = world.upload(Pairs(**{**vars(tiny_pairs(rows=100)), "groups": None}))
+    other_fit = world.submit(kind="fit_federated", pairs=pairs, clustering=CLUSTERING, seed=1)
+    world.run()
+    other = world.status(other_fit).artifacts["model"]
+
+    table: list[tuple[str, str, Mapping[str, Any]]] = [
+        ("/pairs", "no artifact", {"kind": "fit_federated", "pairs": "f" * 64}),
+        ("/pairs", "format 'federated_model'", {"kind": "fit_federated", "pairs": model}),
+        ("/pairs", "no job", {"kind": "fit_federated", "pairs": f"job_{'0' * 26}/model"}),
+        (
+            "/model",
+            "makes no 'student'",
+            {"kind": "cache_targets", "model": f"{jobs['echo']}/student"},
+        ),
+        ("/pairs", "20 dimensions", {"kind": "cache_targets", "model": model, "pairs": wide}),
+        (
+            "/clustering/method",
+            "groups column",
+            {"kind": "fit_federated", "pairs": nameless, "clustering": {"method": "groups"}},
+        ),
+        ("/targets", "made with model", {"kind": "distill", "model": other, "targets": targets}),
+        (
+            "/teacher",
+            "differs",
+            {"kind": "distill", "model": model, "targets": targets, "teacher": {"top_k": 3}},
+        ),
+        ("/pairs", "20 dimensions", {"kind": "evaluate", "model": model, "pairs": wide}),
+        ("/student", "format 'targets'", _evaluate(model, pairs, targets)),
+    ]
+    for pointer, match, spec in table:
+        assert _refused(world, match, **spec) == pointer
+    assert world.submit(**_evaluate(model, pairs, student))
+
+
+def _evaluate(model: str, pairs: str, student: str) -> dict[str, Any]:
+    return {"kind": "evaluate", "model": model, "pairs": pairs, "student": student}
+
+
+def test_a_failed_upstream_fails_what_waits_for_it(other_world: World) -> None:
+    pairs = other_world.upload(tiny_pairs())
+    jobs = other_world.chain(pairs)
+    with transaction(other_world.engine) as session:
+        service.cancel(session, jobs["fit_federated"], now=other_world.clock())
+
+    for name in ("cache_targets", "distill", "evaluate"):
+        job = other_world.job(jobs[name])
+        assert job.state == "failed"
+        assert job.error is not None
+        assert job.error["code"] == "upstream_failed"
+    late = {"kind": "cache_targets", "model": f"{jobs['fit_federated']}/model"}
+    with pytest.raises(SpecInvalid, match="is cancelled"):
+        other_world.submit(**late)
+
+
+def test_other_pairs_are_judged_on_queries_the_model_never_saw(other_world: World) -> None:
+    world = other_world
+    jobs = world.chain(world.upload(tiny_pairs()))
+    fresh = world.upload(tiny_pairs(rows=40, seed=5))
+    judged = world.submit(
+        kind="evaluate",
+        pairs=fresh,
+        model=f"{jobs['fit_federated']}/model",
+        student=f"{jobs['distill']}/student",
+    )
+    world.run()
+
+    assert world.job(judged).state == "succeeded", world.job(judged).error
+    assert '"queries": 40' in world.path(judged, "report").read_text()
+
+
+def test_cancel_reaches_a_running_chunk(other_world: World) -> None:
+    """The heartbeat carries the cancellation into a training chunk that would run on and on."""
+    world = other_world
+    fit = world.chain(world.upload(tiny_pairs()))["fit_federated"]
+    world.run()
+    endless = world.submit(
+        kind="distill",
+        model=f"{fit}/model",
+        training={"epochs": 100_000, "epochs_per_chunk": 100_000},
+    )
+    while world.status(endless).progress.stage != "train":
+        assert world.runner.run_one()
+    thread = threading.Thread(target=world.runner.run_one)
+    thread.start()
+    while world.status(endless).progress.done <= 1:
+        time.sleep(0.05)
+
+    with transaction(world.engine) as session:
+        assert service.cancel(session, endless, now=world.clock()).state == "cancelling"
+    thread.join(10)
+
+    assert not thread.is_alive()
+    assert world.job(endless).state == "cancelled"
+    assert not list(world.runner.scratch.iterdir())
