@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,7 +16,9 @@ from core.distill.students._base import StudentModule, students
 from core.errors import DataInvalid
 from tests.core.distill._make import make_student, some_queries
 
-CASES = [(name, {}) for name in students()] + [("rotor_product", {"router": "exact"})]
+CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in students()] + [
+    ("rotor_product", {"router": "exact"})
+]
 every_case = pytest.mark.parametrize(("name", "changes"), CASES)
 
 
@@ -24,20 +27,20 @@ def run_onnx(data: bytes | str, queries: torch.Tensor) -> np.ndarray[tuple[int, 
     return np.asarray(session.run(None, {"queries": queries.numpy()})[0])
 
 
-def disturbed(name: str, changes: dict[str, object]) -> StudentModule:
+def disturbed(name: str, changes: dict[str, Any]) -> StudentModule:
     """A student whose every parameter has something to say."""
     student = make_student(name, **changes)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in student.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     student.retract()
     return student.eval()
 
 
 @every_case
 @pytest.mark.parametrize("rows", [1, 37])
-def test_onnx_says_what_torch_says(name: str, changes: dict[str, object], rows: int) -> None:
+def test_onnx_says_what_torch_says(name: str, changes: dict[str, Any], rows: int) -> None:
     student, queries = disturbed(name, changes), some_queries(rows)
     found = run_onnx(to_onnx(student), queries)
     assert np.abs(found - student(queries).detach().numpy()).max() < 1e-5
@@ -45,7 +48,7 @@ def test_onnx_says_what_torch_says(name: str, changes: dict[str, object], rows: 
 
 @every_case
 def test_both_weight_files_bring_the_student_back(
-    name: str, changes: dict[str, object], tmp_path: Path
+    name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     student = disturbed(name, changes)
 

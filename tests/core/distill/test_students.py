@@ -52,12 +52,10 @@ def test_a_batch_is_its_rows(name: str) -> None:
 
 @every_student
 def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
-    student = make_student(name)
+    student, generator = make_student(name), torch.Generator().manual_seed(0)
     with torch.no_grad():  # a zero start would hide what lies before it
         for parameter in student.parameters():
-            parameter += 0.01 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(0)
-            )
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.01)
     weights = torch.full((50, CLUSTERS), 1 / CLUSTERS)
     routed = student.routed(some_queries(), weights)
     routed.vectors[:, 0].sum().backward()
