@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bench._report import Figure, options, print_table, verdict
+from bench._report import seconds as timed
 from core.distill import evaluation as judged
 from core.distill import fitting
 from core.distill.curriculum import training_data
@@ -46,6 +47,8 @@ class Run:
     evaluation: judged.Evaluation
     seconds: Mapping[str, float]
     """To build and train each student."""
+    speeds: Mapping[str, float]
+    """Queries per second of teacher and students, all held-out queries in one batch."""
 
 
 def main() -> int:
@@ -83,14 +86,17 @@ def run(pairs: Pairs, *, seed: int, strength: float | None, temperature: float |
     outputs = judged.baselines(teacher, queries)
     own = torch.arange(len(model.queries))
     targets = teacher.targets(model.queries, exclude_rows=own)
+    batch = torch.from_numpy(queries)
+    speeds = {judged.TEACHER: len(batch) / timed(lambda: teacher.targets(batch))}
     seconds = {}
     for name, spec in STUDENTS.items():
         began = perf_counter()
         student = train(spec, teacher, targets, seed=seed)
         seconds[name] = perf_counter() - began
+        speeds[name] = judged.throughput(student, batch)
         outputs[name] = judged.student_vectors(student, queries)
     found = judged.evaluate(outputs, pairs.targets, rows, seed=seed, dropped=dropped)
-    return Run(model, found, seconds)
+    return Run(model, found, seconds, speeds)
 
 
 def train(
@@ -112,7 +118,20 @@ def show(title: str, found: Run) -> None:
         f"{len(found.model.rotations)} clusters, {found.evaluation.queries} held-out queries, "
         f"{found.evaluation.targets} targets"
     )
-    header = ["", "hit@1", "hit@5", "hit@10", "cosine", "p5", "min", "overlap", "gap", "drift", "s"]
+    header = [
+        "",
+        "hit@1",
+        "hit@5",
+        "hit@10",
+        "cosine",
+        "p5",
+        "min",
+        "overlap",
+        "gap",
+        "drift",
+        "train s",
+        "q/s",
+    ]
     print_table(
         header,
         [
@@ -126,6 +145,7 @@ def show(title: str, found: Run) -> None:
                 "-" if row.gap_closed is None else f"{row.gap_closed:.4f}",
                 f"{row.norm_drift:.1e}",
                 f"{found.seconds[row.name]:.1f}" if row.name in found.seconds else "",
+                f"{found.speeds[row.name]:.0f}" if row.name in found.speeds else "",
             ]
             for row in found.evaluation.rows
         ],

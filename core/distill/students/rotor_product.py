@@ -93,7 +93,8 @@ class RotorProductStudent(StudentModule):
         for backwards in (False, True):
             body = _factor_graph(self.config, f"{'back' if backwards else 'forth'}_")
             x = graph.scan(body, x, inputs, backwards=backwards)
-        scale = graph.op("Div", graph.norm(queries), graph.norm(x))
+        tiny = graph.constant(torch.finfo(torch.float32).tiny)  # a zero query stays zero
+        scale = graph.op("Div", graph.norm(queries), graph.op("Max", graph.norm(x), tiny))
         return graph.op("Mul", x, scale)
 
 

@@ -131,6 +131,16 @@ def test_the_product_is_plane_rotations_forth_and_back() -> None:
     torch.testing.assert_close(strang_product(x, weights, bases, angles), wanted)
 
 
+def test_skipping_zero_weights_changes_nothing() -> None:
+    x, weights, bases, angles = factors()
+    weights = weights * torch.eye(3, dtype=weights.dtype)[[0, 1, 2, 0, 0]]
+
+    with torch.no_grad():
+        sparse = strang_product(x, weights, bases, angles)
+
+    torch.testing.assert_close(sparse, strang_product(x, weights, bases, angles))
+
+
 def test_the_gradient_by_hand_is_the_gradient() -> None:
     inputs = [tensor.requires_grad_() for tensor in factors()]
     assert torch.autograd.gradcheck(strang_product, inputs)
