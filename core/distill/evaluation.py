@@ -25,6 +25,8 @@ OVERLAP = 10
 DRAWS = 1000
 """Bootstrap resamples."""
 BLOCK_ROWS = 1024
+Map = Callable[[Tensor], Tensor]
+"""[B, d] float32 queries to [B, d] float32 vectors, on one device."""
 
 
 @dataclass(frozen=True)
@@ -123,46 +125,53 @@ def unseen(pairs: Pairs, model: Federated) -> tuple[Array, int]:
     return rows, len(queries) - len(rows)
 
 
-def baselines(
-    teacher: BlendingTeacher, queries: Array, *, anchor: Array | None = None
-) -> dict[str, Array]:
-    """Map queries in every way a student is compared to.
+def baseline_maps(teacher: BlendingTeacher, *, anchor: Array | None = None) -> dict[str, Map]:
+    """Return every way of mapping queries that a student is compared to, by name.
 
     Args:
         teacher: exact.
-        queries: [Q, d].
-        anchor: the one global rotation; the model's own anchor where absent. Give
+        anchor: [d, d], the one global rotation; the model's own anchor where absent. Give
             ``fitting.global_rotation`` of the training rows where that is the identity.
     """
-    model, raw = teacher.model, queries.astype(np.float32)
-    outputs: dict[str, list[Array]] = {}
-    for start in range(0, len(raw), BLOCK_ROWS):
-        block = raw[start : start + BLOCK_ROWS]
-        mixture = teacher.mixture(block)
-        weights = mixture.dense().cpu().float().numpy()
-        one = (model.anchor if anchor is None else anchor).astype(np.float32)
-        found = {
-            RAW: block,
-            GLOBAL: block @ one,
-            TOP1: _top1(model, block, weights),
-            NLERP: _nlerp(model, block, weights),
-            TEACHER: teacher.blend(block, mixture).cpu().float().numpy(),
-        }
-        for name, vectors in found.items():
-            outputs.setdefault(name, []).append(vectors)
-    return {name: np.concatenate(parts) for name, parts in outputs.items()}
+    model, device = teacher.model, teacher.bivectors.device
+    one = torch.from_numpy(model.anchor if anchor is None else anchor).float().to(device)
+    matrices = torch.from_numpy(model.scales[:, None, None] * model.rotations).float().to(device)
+
+    def weights(queries: Tensor) -> Tensor:
+        return teacher.mixture(queries).dense().float()
+
+    return {
+        RAW: lambda queries: queries,
+        GLOBAL: lambda queries: queries @ one,
+        TOP1: lambda queries: _top1(matrices, queries, weights(queries)),
+        NLERP: lambda queries: _nlerp(matrices, queries, weights(queries)),
+        TEACHER: lambda queries: teacher.targets(queries).float(),
+    }
 
 
-def student_vectors(student: StudentModule, queries: Array, *, device: str = "cpu") -> Array:
-    """Map queries by a student, in blocks: [Q, d] float32."""
-    student = student.eval().to(device)
+def mapped(function: Map, queries: Array, *, device: str | torch.device = "cpu") -> Array:
+    """Map queries in blocks: [Q, d] float32."""
     with torch.no_grad():
         parts = [
-            student(torch.from_numpy(queries[start : start + BLOCK_ROWS]).float().to(device)).cpu()
+            function(torch.from_numpy(queries[start : start + BLOCK_ROWS]).float().to(device)).cpu()
             for start in range(0, len(queries), BLOCK_ROWS)
         ]
     vectors: Array = torch.cat(parts).numpy()
     return vectors
+
+
+def baselines(
+    teacher: BlendingTeacher, queries: Array, *, anchor: Array | None = None
+) -> dict[str, Array]:
+    """Map [Q, d] queries by each of ``baseline_maps``."""
+    device = teacher.bivectors.device
+    maps = baseline_maps(teacher, anchor=anchor)
+    return {name: mapped(function, queries, device=device) for name, function in maps.items()}
+
+
+def student_vectors(student: StudentModule, queries: Array, *, device: str = "cpu") -> Array:
+    """Map queries by a student, in blocks: [Q, d] float32."""
+    return mapped(student.eval().to(device), queries, device=device)
 
 
 def evaluate(
@@ -191,20 +200,18 @@ def evaluate(
     )
 
 
-def throughput(
-    student: Callable[[Tensor], Tensor], queries: Tensor, *, seconds: float = 1.0
-) -> float:
+def throughput(function: Map, queries: Tensor, *, seconds: float = 1.0) -> float:
     """Measure queries per second of a map at this batch size, after one warm-up.
 
     A timing, so it belongs into metrics and never into a report: reports are the same every time.
     """
     done = 0
     with torch.no_grad():
-        student(queries)
+        function(queries)
         _finish(queries)
         began = perf_counter()
         while perf_counter() - began < seconds:
-            student(queries)
+            function(queries)
             _finish(queries)
             done += len(queries)
     return done / (perf_counter() - began)
@@ -253,24 +260,24 @@ class _Judge:
         return (cosine - start) / (1 - start) if 1 - start > 1e-9 else None
 
 
-def _top1(model: Federated, queries: Array, weights: Array) -> Array:
-    """Apply the heaviest cluster's own map."""
-    best = weights.argmax(axis=1)
-    result = np.empty_like(queries)
-    for number in np.unique(best):
-        rows = best == number
-        result[rows] = queries[rows] @ (model.scales[number] * model.rotations[number])
+def _top1(matrices: Tensor, queries: Tensor, weights: Tensor) -> Tensor:
+    """Apply the heaviest cluster's own map: [B, d] by [C, d, d] and [B, C]."""
+    best = weights.argmax(dim=1)
+    result = torch.empty_like(queries)
+    for number in best.unique().tolist():
+        rows = (best == number).nonzero().flatten()
+        result[rows] = queries[rows] @ matrices[number]
     return result
 
 
-def _nlerp(model: Federated, queries: Array, weights: Array) -> Array:
+def _nlerp(matrices: Tensor, queries: Tensor, weights: Tensor) -> Tensor:
     """Average the clusters' answers and put them back to the query's length."""
-    total = np.zeros_like(queries)
-    for number, rotation in enumerate(model.rotations):
-        rows = np.flatnonzero(weights[:, number])
-        total[rows] += weights[rows, number, None] * (queries[rows] @ rotation)
-    lengths = np.linalg.norm(queries, axis=1) / np.linalg.norm(total, axis=1).clip(min=1e-30)
-    scaled: Array = total * lengths[:, None]
+    total = torch.zeros_like(queries)
+    for number, matrix in enumerate(matrices):
+        rows = weights[:, number].nonzero().flatten()
+        total[rows] += weights[rows, number, None] * (queries[rows] @ matrix)
+    lengths = total.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    scaled: Tensor = total * (queries.norm(dim=1, keepdim=True) / lengths)
     return scaled
 
 

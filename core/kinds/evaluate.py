@@ -205,14 +205,14 @@ def _speeds(spec: Spec, chunk: Chunk, rows: Array) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from core.distill.evaluation import GLOBAL, TEACHER, throughput
+    from core.distill.evaluation import RAW, baseline_maps, throughput
     from core.distill.export import load_student
 
     teacher = _teacher(spec, chunk)
     batch = _pairs(chunk).queries[np.resize(rows, TIMED_ROWS)].astype("float32")
     queries = torch.from_numpy(batch).to(chunk.device)
-    anchor = torch.from_numpy(_global_rotation(teacher)).float().to(chunk.device)
-    maps: dict[str, Any] = {GLOBAL: lambda q: q @ anchor, TEACHER: teacher.targets}
+    maps = baseline_maps(teacher, anchor=_global_rotation(teacher))
+    del maps[RAW]  # costs nothing
     if spec.student is not None:
         maps["student"] = load_student(chunk.workdir / "student.safetensors").to(chunk.device)
     speeds = {}
