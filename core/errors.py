@@ -60,6 +60,12 @@ class Conflict(StillroomError):
     status = 409
 
 
+class InFlight(Conflict):
+    """The same request is being answered at this moment."""
+
+    retryable = True
+
+
 class Unauthorized(StillroomError):
     """No key, or a wrong one."""
 

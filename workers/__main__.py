@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 from datetime import UTC, datetime
@@ -47,7 +46,7 @@ def _runner(settings: Settings, device: str) -> Runner:
         engine=make_engine(settings.url),
         store=LocalStore(settings.data_dir),
         scratch=settings.scratch,
-        owner=f"{socket.gethostname()}:{os.getpid()}:{device}",
+        owner=f"{settings.owner_prefix}{os.getpid()}:{device}",
         device=device,
         clock=lambda: datetime.now(UTC),  # noqa: TID251 - the edge where the clock comes from
         rules=Rules(

@@ -7,7 +7,7 @@ import re
 import stat
 import uuid
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -32,6 +32,9 @@ class Blob:
 
 class Store(Protocol):
     """Where blobs live; one class for local files, one for object storage."""
+
+    def identity(self) -> str:
+        """Return the store's own name, the same for ever."""
 
     def put(self, path: Path) -> Blob:
         """Keep a copy of the file at ``path``; putting the same bytes again changes nothing."""
@@ -67,6 +70,17 @@ class LocalStore:
         self._tmp = self.root / "tmp"
         for folder in (self._blobs, self._tmp):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def identity(self) -> str:
+        """Return this store's own random name, made once: a copy of a database can tell by it."""
+        file = self.root / "store-id"
+        if not file.exists():
+            fresh = self._tmp / f"id-{uuid.uuid4().hex}"
+            fresh.write_text(uuid.uuid4().hex)
+            with suppress(FileExistsError):
+                file.hardlink_to(fresh)
+            fresh.unlink()
+        return file.read_text()
 
     def put(self, path: Path) -> Blob:
         """Keep a copy of the file at ``path`` and return its hash and size.

@@ -179,6 +179,8 @@ class Upload(Base):
     state: Mapped[str]
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"), index=True)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    notes: Mapped[list[str]] = mapped_column(JSON(), default=list)
+    """What the import left out or mended, in words."""
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
 
@@ -192,6 +194,15 @@ class IdempotencyKey(Base):
     body_sha256: Mapped[str]
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[datetime]
+
+
+class ServiceFact(Base):
+    """What must not change under a running service: ``store_id`` names the blobs' folder."""
+
+    __tablename__ = "service_facts"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
 
 
 class Worker(Base):

@@ -7,7 +7,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -63,7 +63,9 @@ def insert_new(session: Session, table: type[Base], values: Mapping[str, Any]) -
     """Insert a row unless its key is there; return whether it was new."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     statement = dialect.insert(table).values(**values).on_conflict_do_nothing()
-    return bool(session.connection().execute(statement).rowcount)
+    # Not rowcount: the drivers disagree on what it says here.
+    keys = inspect(table).primary_key
+    return session.connection().execute(statement.returning(*keys)).first() is not None
 
 
 def upgrade(engine: Engine, *, revision: str = "head") -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from core.db.session import transaction
 from core.errors import Cancelled, LeaseLost
@@ -41,7 +41,6 @@ class Heartbeat:
         self._done = threading.Event()
         self._fraction = 0.0
         self._moved = time.monotonic()
-        self._renewed = time.monotonic()
         self._asked_to_stop: float | None = None
         self._lost: LeaseLost | None = None
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -79,10 +78,9 @@ class Heartbeat:
                 self._renew()
             except LeaseLost as lost:
                 self._lost = lost
-            except OperationalError as outage:
+            except DBAPIError as outage:
+                # The chunk goes on: should another attempt own it by then, the fence will tell.
                 log.warning("lease not renewed: %s", outage.orig)
-                if time.monotonic() - self._renewed > self._rules.lease.total_seconds():
-                    self._lost = LeaseLost("the database was away for longer than the lease")
             if self._stuck():
                 self._on_stuck()
 
@@ -92,7 +90,6 @@ class Heartbeat:
         with transaction(self._engine) as session:
             until = self._clock() + self._rules.lease
             cancelling = lease.renew(session, self._claim, until=until, progress=self._fraction)
-        self._renewed = time.monotonic()
         if cancelling and self._asked_to_stop is None:
             self._asked_to_stop = time.monotonic()
 

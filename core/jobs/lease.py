@@ -309,12 +309,13 @@ def any_expired(engine: Engine, *, now: datetime) -> bool:
 
 def release_expired(session: Session, *, now: datetime, max_failures: int) -> int:
     """Take back every chunk whose lease ran out: its worker is gone or cannot reach us."""
-    expired = select(Chunk.id).where(Chunk.state == ChunkState.RUNNING, Chunk.lease_until < now)
+    expired = select(Chunk.id, Chunk.job_id).where(
+        Chunk.state == ChunkState.RUNNING, Chunk.lease_until < now
+    )
     released = 0
-    for chunk_id in session.scalars(expired).all():
-        chunk = session.get_one(Chunk, chunk_id)
-        job = session.get_one(Job, chunk.job_id, with_for_update=True)
-        session.refresh(chunk, with_for_update=True)
+    for chunk_id, job_id in session.execute(expired.order_by(Chunk.job_id, Chunk.id)).all():
+        job = session.get_one(Job, job_id, with_for_update=True)
+        chunk = session.get_one(Chunk, chunk_id, with_for_update=True, populate_existing=True)
         if chunk.state != ChunkState.RUNNING or chunk.lease_until is None:
             continue
         if chunk.lease_until >= now:
@@ -325,15 +326,18 @@ def release_expired(session: Session, *, now: datetime, max_failures: int) -> in
     return released
 
 
-def release_all(session: Session, *, now: datetime) -> int:
-    """Take back every running chunk: the server that ran them is known to be gone.
+def release_all(session: Session, *, owner_prefix: str, now: datetime) -> int:
+    """Take back every running chunk of these owners: their server is known to be gone.
 
     The chunks are not to blame, so the failure counted at their claim is taken back.
     """
-    owned = select(Chunk).where(Chunk.state == ChunkState.RUNNING)
-    chunks = session.scalars(owned).all()
-    for chunk in chunks:
-        job = session.get_one(Job, chunk.job_id, with_for_update=True)
+    owned = select(Chunk.id, Chunk.job_id).where(
+        Chunk.state == ChunkState.RUNNING, Chunk.owner.startswith(owner_prefix, autoescape=True)
+    )
+    chunks = session.execute(owned.order_by(Chunk.job_id, Chunk.id)).all()
+    for chunk_id, job_id in chunks:
+        job = session.get_one(Job, job_id, with_for_update=True)
+        chunk = session.get_one(Chunk, chunk_id, with_for_update=True)
         chunk.failures -= 1
         lost = WorkerLost("the server was restarted")
         _put_back(session, job, chunk, lost, max_failures=chunk.failures + 1, now=now)

@@ -56,11 +56,16 @@ def produced_by(session: Session, sha256: str) -> list[dict[str, Any]]:
     ]
 
 
-def uploaded_as(session: Session, sha256: str) -> list[dict[str, str]]:
+def uploaded_as(session: Session, sha256: str) -> list[dict[str, Any]]:
     """Return the uploads that became this artifact; their hashes are of the bytes as sent."""
     query = select(Upload).where(Upload.artifact == sha256).order_by(Upload.created_at)
     return [
-        {"upload_id": row.id, "file_name": row.file_name, "sha256": row.sha256}
+        {
+            "upload_id": row.id,
+            "file_name": row.file_name,
+            "sha256": row.sha256,
+            "notes": row.notes,
+        }
         for row in session.scalars(query)
     ]
 

@@ -1,6 +1,6 @@
 """From a spec whose inputs exist to chunks: resolve references, ask the kind, insert rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -25,10 +25,9 @@ def resolve(session: Session, spec: JobSpec) -> list[JobInput]:
         SpecInvalid: a reference names nothing, a job that failed, or another format.
     """
     rows = []
-    for field, reads in inputs_of(type(spec)).items():
-        reference = getattr(spec, field)
-        if reference is None:
-            continue
+    asked = [(getattr(spec, field), field, reads) for field, reads in inputs_of(type(spec)).items()]
+    # In the order of their ids, as every transaction locks jobs: no deadlock.
+    for reference, field, reads in sorted(row for row in asked if row[0] is not None):
         try:
             rows.append(_resolve_one(session, field, reference, reads))
         except StillroomError as error:
@@ -44,10 +43,12 @@ def _resolve_one(session: Session, field: str, reference: str, reads: Reads) -> 
         _check_format(f"artifact {reference[:12]}…", artifact.format, reads)
         return JobInput(field=field, sha256=reference)
     job_id, _, name = reference.partition("/")
-    upstream = session.get(Job, job_id)
+    # Locked until the input row is written: else the job could end in between, unseen by us and
+    # we by it, and ours would wait for ever.
+    upstream = session.get(Job, job_id, with_for_update=True)
     if upstream is None:
         raise SpecInvalid(f"no job {job_id}")
-    offered = kinds()[upstream.kind].outputs
+    offered = kind_of(upstream).outputs
     if name not in offered:
         allowed = ", ".join(sorted(offered))
         raise SpecInvalid(f"a {upstream.kind} job makes no {name!r}; it makes: {allowed}")
@@ -143,8 +144,8 @@ def on_succeeded(session: Session, job: Job, *, now: datetime) -> None:
     for row in waiting:
         row.sha256 = _made(session, job.id, row.upstream_output or "")
     session.flush()
-    for job_id in sorted({row.job_id for row in waiting}):
-        downstream = session.get_one(Job, job_id, with_for_update=True)
+    for downstream in _lock(session, {row.job_id for row in waiting}):
+        job_id = downstream.id
         if downstream.state != JobState.WAITING:
             continue
         missing = [r.upstream_output for r in waiting if r.job_id == job_id and r.sha256 is None]
@@ -158,6 +159,12 @@ def on_succeeded(session: Session, job: Job, *, now: datetime) -> None:
             plan(session, downstream, parse_spec(downstream), now=now)
         except StillroomError as error:
             fail(session, downstream, error, now=now)
+
+
+def _lock(session: Session, ids: set[str]) -> Sequence[Job]:
+    """Lock jobs in the order of their ids, as everybody does."""
+    query = select(Job).where(Job.id.in_(ids)).order_by(Job.id).with_for_update()
+    return session.scalars(query.execution_options(populate_existing=True)).all()
 
 
 def _unresolved(session: Session, job_id: str) -> int:
@@ -174,13 +181,7 @@ def fail(
     chunk: Chunk | None = None,
 ) -> None:
     """End a job, and every job that waits for its outputs, with the reason."""
-    facts: dict[str, object] = {
-        "code": error.code(),
-        "message": error.message,
-        "retryable": error.retryable,
-        "chunk": {"stage": chunk.stage, "index": chunk.index} if chunk else None,
-    }
-    _end(session, job, JobState.FAILED, now=now, error=facts)
+    _end(session, job, JobState.FAILED, now=now, error=_facts(error, chunk))
 
 
 def end_cancelled(session: Session, job: Job, *, now: datetime) -> None:
@@ -191,6 +192,37 @@ def end_cancelled(session: Session, job: Job, *, now: datetime) -> None:
 def _end(
     session: Session, job: Job, state: JobState, *, now: datetime, error: dict[str, object] | None
 ) -> None:
+    """End a job, and all that can no longer get what they wait for."""
+    _end_one(session, job, state, now=now, error=error)
+    lost = UpstreamFailed(f"it needs an output of job {job.id}, which {state}")
+    for downstream in _lock(session, _downstream(session, job.id)):
+        if downstream.state not in TERMINAL:
+            _end_one(session, downstream, JobState.FAILED, now=now, error=_facts(lost))
+
+
+def _downstream(session: Session, job_id: str) -> set[str]:
+    """Every job that waits for this one, or for one that waits for it, and so on."""
+    found: set[str] = set()
+    fresh = {job_id}
+    while fresh:
+        query = select(JobInput.job_id).where(JobInput.upstream_id.in_(fresh))
+        fresh = set(session.scalars(query)) - found
+        found |= fresh
+    return found
+
+
+def _facts(error: StillroomError, chunk: Chunk | None = None) -> dict[str, object]:
+    return {
+        "code": error.code(),
+        "message": error.message,
+        "retryable": error.retryable,
+        "chunk": {"stage": chunk.stage, "index": chunk.index} if chunk else None,
+    }
+
+
+def _end_one(
+    session: Session, job: Job, state: JobState, *, now: datetime, error: dict[str, object] | None
+) -> None:
     move(session, job, state, now=now, error=error)
     still_open = (*OPEN_CHUNKS, ChunkState.RUNNING)
     session.execute(
@@ -199,12 +231,6 @@ def _end(
         .values(state=ChunkState.CANCELLED, finished_at=now)
     )
     events.record(session, job.id, f"job.{state}", now=now, **({"error": error} if error else {}))
-    query = select(JobInput.job_id).where(JobInput.upstream_id == job.id)
-    for job_id in sorted(set(session.scalars(query))):
-        downstream = session.get_one(Job, job_id, with_for_update=True)
-        if downstream.state not in TERMINAL:
-            lost = UpstreamFailed(f"it needs an output of job {job.id}, which {state}")
-            fail(session, downstream, lost, now=now)
 
 
 def check_open(job: Job) -> None:

@@ -32,9 +32,9 @@ def goodbye(session: Session, worker_id: str) -> None:
     session.execute(delete(Worker).where(Worker.id == worker_id))
 
 
-def forget_all(session: Session) -> None:
-    """Forget every worker: an embedded server starts with none."""
-    session.execute(delete(Worker))
+def forget_all(session: Session, *, owner_prefix: str) -> None:
+    """Forget a server's workers: an embedded server starts with none."""
+    session.execute(delete(Worker).where(Worker.id.startswith(owner_prefix, autoescape=True)))
 
 
 def workers(session: Session, *, now: datetime) -> Sequence[tuple[Worker, bool]]:

@@ -1,6 +1,7 @@
 """Runs one chunk: claim, fetch, compute, store, one guarded write. No transaction stays open."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,21 +10,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
-from core.artifacts.store import Store
+from core.artifacts.store import Blob, Store
 from core.db.models import Artifact, CacheEntry, Chunk, Job, Output
 from core.db.session import reading, transaction
 from core.errors import Cancelled, ChunkCrashed, LeaseLost, NotFound, OutOfMemory, StillroomError
 from core.jobs import lease, planning, scheduler
 from core.jobs.heartbeat import Heartbeat
 from core.jobs.lease import Claim, Rules, Stored
+from core.jobs.states import ChunkState
 from core.kinds._base import ChunkResult, Input, Produced
 from core.specs.base import JobSpec
 
 log = logging.getLogger(__name__)
+LOST_RACE_S = 0.005
 
 
 class RunningChunk:
@@ -46,7 +49,7 @@ class RunningChunk:
         self._runner = runner
         self._inputs = inputs
         self._heartbeat = heartbeat
-        self.found: set[str] = set()
+        self.found: dict[str, Blob] = {}
 
     def progress(self, done: float, total: float) -> None:
         """See Chunk.progress."""
@@ -70,6 +73,15 @@ class RunningChunk:
             by_index.setdefault(index, {})[output.name] = made
         return [by_index[index] for index in sorted(by_index)]
 
+    def latest(self, stage: str) -> Mapping[str, Produced]:
+        """See Chunk.latest."""
+        with reading(self._runner.engine) as session:
+            rows = _outputs_of_stage(session, self.job_id, stage, latest=True)
+        return {
+            output.name: self._produced(artifact, file_name=output.file_name)
+            for _, output, artifact in rows
+        }
+
     def cached(self, key: str) -> Produced | None:
         """See Chunk.cached."""
         with reading(self._runner.engine) as session:
@@ -82,7 +94,7 @@ class RunningChunk:
         except NotFound:
             # The blob was swept or lost on disk: computing it again mends the cache.
             return None
-        self.found.add(key)
+        self.found[key] = Blob(artifact.sha256, artifact.size_bytes)
         return found
 
     def _produced(
@@ -99,8 +111,13 @@ class RunningChunk:
 
 
 def _outputs_of_stage(
-    session: Session, job_id: str, stage: str
+    session: Session, job_id: str, stage: str, *, latest: bool = False
 ) -> Sequence[tuple[int, Output, Artifact]]:
+    last = (
+        select(func.max(Chunk.index))
+        .where(Chunk.job_id == job_id, Chunk.stage == stage, Chunk.state == ChunkState.DONE)
+        .scalar_subquery()
+    )
     query = (
         select(Chunk.index, Output, Artifact)
         .join(Output, Output.chunk_id == Chunk.id)
@@ -108,6 +125,8 @@ def _outputs_of_stage(
         .where(Chunk.job_id == job_id, Chunk.stage == stage)
         .order_by(Chunk.index, Output.name)
     )
+    if latest:
+        query = query.where(Chunk.index == last)
     return [(index, output, artifact) for index, output, artifact in session.execute(query)]
 
 
@@ -145,21 +164,28 @@ class Runner:
         return True
 
     def _claim(self) -> Claim | None:
-        with reading(self.engine) as session:
-            if scheduler.pick(session) is None:
-                return None
-        with transaction(self.engine) as session:
-            best = scheduler.pick(session)
-            if best is None:
-                return None
-            return lease.claim(
-                session, best, owner=self.owner, now=self.clock(), lease=self.rules.lease
-            )
+        """Take the best ready chunk; None where nothing is ready."""
+        while True:
+            with reading(self.engine) as session:
+                if scheduler.pick(session) is None:
+                    return None
+            with transaction(self.engine) as session:
+                best = scheduler.pick(session, lock=True)
+                claim = None
+                if best is not None:
+                    claim = lease.claim(
+                        session, best, owner=self.owner, now=self.clock(), lease=self.rules.lease
+                    )
+            if claim is not None:
+                return claim
+            # Another worker holds that job's row for a moment: look again.
+            time.sleep(LOST_RACE_S)
 
     def _run(self, claim: Claim, workdir: Path, heartbeat: Heartbeat) -> None:
         """Compute, store and write; every failure becomes one guarded write."""
         try:
             stored, result = self._compute(claim, workdir, heartbeat)
+            self._finish(claim, stored, result)
         except LeaseLost:
             raise
         except Cancelled:
@@ -169,17 +195,18 @@ class Runner:
         except Exception as error:
             log.exception("chunk %s of job %s crashed", claim.chunk_id, claim.job_id)
             self._give_up(claim, _classify(error))
-        else:
-            self._write(
-                lambda session: lease.finish(
-                    session,
-                    claim,
-                    stored=stored,
-                    metrics=result.metrics,
-                    stage_done=result.stage_done,
-                    now=self.clock(),
-                )
+
+    def _finish(self, claim: Claim, stored: Sequence[Stored], result: ChunkResult) -> None:
+        self._write(
+            lambda session: lease.finish(
+                session,
+                claim,
+                stored=stored,
+                metrics=result.metrics,
+                stage_done=result.stage_done,
+                now=self.clock(),
             )
+        )
 
     def _compute(
         self, claim: Claim, workdir: Path, heartbeat: Heartbeat
@@ -188,8 +215,11 @@ class Runner:
         chunk = RunningChunk(self, claim, inputs, workdir, heartbeat)
         result = run_chunk(spec, chunk)
         heartbeat.report(1.0)
+        for metric in result.metrics:
+            if not math.isfinite(metric.value):
+                raise ChunkCrashed(f"metric {metric.name} is {metric.value} at step {metric.step}")
         stored = [
-            self._store(name, role, produced, cached=produced.cache_key in chunk.found)
+            self._store(name, role, produced, found=chunk.found.get(produced.cache_key or ""))
             for role, made in (("artifact", result.outputs), ("checkpoint", result.checkpoints))
             for name, produced in made.items()
         ]
@@ -203,8 +233,8 @@ class Runner:
             inputs = planning.job_inputs(session, claim.job_id)
             return planning.parse_spec(job), inputs, planning.kind_of(job).run_chunk
 
-    def _store(self, name: str, role: str, produced: Produced, *, cached: bool) -> Stored:
-        blob = self.store.put(produced.path)
+    def _store(self, name: str, role: str, produced: Produced, *, found: Blob | None) -> Stored:
+        blob = found or self.store.put(produced.path)
         return Stored(
             name=name,
             role=role,
@@ -215,7 +245,7 @@ class Runner:
             file_name=produced.file_name,
             meta=dict(produced.meta),
             cache_key=produced.cache_key,
-            cached=cached,
+            cached=found is not None,
         )
 
     def _give_up(self, claim: Claim, error: StillroomError) -> None:

@@ -11,8 +11,12 @@ ORDER = (Job.priority.desc(), Job.created_at, Job.id)
 """Of jobs in the queue; the place in it is counted by the same order."""
 
 
-def pick(session: Session) -> Candidate | None:
-    """Return the best ready chunk, or None where nothing is ready."""
+def pick(session: Session, *, lock: bool = False) -> Candidate | None:
+    """Return the best ready chunk, or None where nothing is ready.
+
+    ``lock`` takes its job's row and passes over those that others hold (PostgreSQL; SQLite has
+    one writer anyway).
+    """
     query = (
         select(Chunk.id, Chunk.job_id)
         .join(Job, Job.id == Chunk.job_id)
@@ -23,5 +27,7 @@ def pick(session: Session) -> Candidate | None:
         .order_by(*ORDER, Chunk.stage_index, Chunk.index)
         .limit(1)
     )
+    if lock:
+        query = query.with_for_update(of=Job, skip_locked=True, key_share=True)
     row = session.execute(query).one_or_none()
     return Candidate(row[0], row[1]) if row else None

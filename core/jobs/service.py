@@ -6,15 +6,15 @@ import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import String, and_, func, or_, select, update
+from sqlalchemy import String, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, IdempotencyKey, Job
 from core.db.session import insert_new
-from core.errors import NotFound, SpecInvalid
+from core.errors import InFlight, NotFound, SpecInvalid
 from core.jobs import events, planning
 from core.jobs.states import OPEN_CHUNKS, ChunkState, JobState, move
-from core.specs.base import JobSpec
+from core.specs.base import LABEL_KEY, JobSpec
 
 REPLAY_FOR = timedelta(hours=24)
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -62,19 +62,18 @@ def submit_once(
 
     Raises:
         SpecInvalid: the key came with another body within the last 24 hours.
+        InFlight: another request with this key is being answered.
     """
     known = session.get(IdempotencyKey, key)
     if known is not None and known.created_at > now - REPLAY_FOR:
         if known.body_sha256 != body_sha256:
             raise SpecInvalid("this Idempotency-Key was used with another body; take a new key")
         return get(session, known.job_id), True
-    if known is not None:
-        session.delete(known)
-        session.flush()
+    session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at <= now - REPLAY_FOR))
     job = submit(session, spec, now=now)
     values = {"key": key, "body_sha256": body_sha256, "job_id": job.id, "created_at": now}
     if not insert_new(session, IdempotencyKey, values):
-        raise SpecInvalid("a request with this Idempotency-Key is being answered; send it again")
+        raise InFlight("a request with this Idempotency-Key is being answered; send it again")
     return job, False
 
 
@@ -106,6 +105,8 @@ def list_jobs(
         if wanted is not None:
             query = query.where(column == wanted)
     for key, value in (labels or {}).items():
+        if not LABEL_KEY.fullmatch(key):
+            raise SpecInvalid(f"label: the key {key!r}; allowed: {LABEL_KEY.pattern}")
         query = query.where(Job.labels[key].as_string().cast(String) == value)
     if cursor is not None:
         at, job_id = _read_cursor(cursor)

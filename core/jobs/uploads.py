@@ -4,14 +4,15 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO
 
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, delete, func, select, update
+from sqlalchemy.orm import Session
 
 from core.artifacts.limits import Limits
 from core.artifacts.sandbox import Imported, import_file
@@ -28,6 +29,7 @@ from core.errors import (
 )
 from core.jobs.service import new_id
 
+DISCARDABLE = ("open", "failed")
 KEPT_FOR = timedelta(days=7)
 """An unfinished upload is dropped when nobody touched it for so long."""
 
@@ -68,6 +70,7 @@ class Uploads:
             updated_at=now,
         )
         with transaction(self.engine) as session:
+            self._expire(session)
             unfinished = select(func.count()).where(Upload.state.in_(("open", "importing")))
             if (session.scalar(unfinished) or 0) >= self.open_limit:
                 raise TooLarge(
@@ -84,6 +87,14 @@ class Uploads:
         if upload is None:
             raise NotFound(f"no upload {upload_id}")
         return upload
+
+    def list(self, *, state: str | None, limit: int) -> Sequence[Upload]:
+        """Return uploads, newest first."""
+        query = select(Upload).order_by(Upload.created_at.desc(), Upload.id).limit(limit)
+        if state is not None:
+            query = query.where(Upload.state == state)
+        with reading(self.engine) as session:
+            return session.scalars(query).all()
 
     def received_bytes(self, upload: Upload) -> int:
         """Return how much has arrived: where the next part must start."""
@@ -113,17 +124,24 @@ class Uploads:
                     raise TooLarge(f"more than the {upload.size_bytes} bytes announced")
                 part.write(piece)
         with transaction(self.engine) as session:
-            session.execute(
-                update(Upload).where(Upload.id == upload_id).values(updated_at=self.clock())
+            touched = session.execute(
+                update(Upload)
+                .where(Upload.id == upload_id)
+                .values(updated_at=self.clock())
+                .returning(Upload.id)
             )
+            if touched.scalar_one_or_none() is None:
+                raise NotFound(f"no upload {upload_id}: it was deleted")
         return upload
 
     def complete(self, upload_id: str) -> Artifact:
         """Check size and hash, import in the sandbox and store; again: the same artifact.
 
         Raises:
-            UploadIncomplete: bytes are missing, or their hash is another.
-            DataInvalid: the content is refused; the upload has failed and its bytes are gone.
+            UploadIncomplete: bytes are missing.
+            DataInvalid: the hash is another, or the content is refused; the upload has failed
+                and its bytes are gone.
+            TooLarge: the content passes a limit; likewise.
         """
         upload = self.get(upload_id)
         if upload.artifact is not None:
@@ -138,37 +156,51 @@ class Uploads:
             try:
                 self._check_hash(upload)
                 return self._import(upload)
-            except DataInvalid as error:
-                self._fail(upload_id, error)
-                raise
-            except BaseException:
-                self._move(upload_id, "importing", "open")
+            except BaseException as error:
+                # The content's own fault is final; anything else (disk, memory) may pass.
+                if isinstance(error, StillroomError) and not error.retryable:
+                    self._fail(upload_id, error)
+                else:
+                    self._move(upload_id, "importing", "open")
                 raise
 
     def discard(self, upload_id: str) -> None:
-        """Forget an unfinished upload and its bytes."""
+        """Forget an unfinished or failed upload and its bytes.
+
+        Raises:
+            Conflict: it is complete, being imported, or a part is being written.
+        """
         upload = self.get(upload_id)
-        if upload.state == "importing":
-            raise Conflict(f"upload {upload_id} is being imported")
-        with transaction(self.engine) as session:
-            session.delete(session.get_one(Upload, upload_id))
+        if upload.state not in DISCARDABLE:
+            raise Conflict(f"upload {upload_id} is {upload.state}; allowed: open, failed")
+        with self._locked(upload), transaction(self.engine) as session:
+            gone = session.execute(
+                delete(Upload)
+                .where(Upload.id == upload_id, Upload.state.in_(DISCARDABLE))
+                .returning(Upload.id)
+            )
+            if gone.scalar_one_or_none() is None:
+                raise NotFound(f"no upload {upload_id}")
         self._part(upload_id).unlink(missing_ok=True)
 
     def recover(self) -> None:
-        """At the server's start: imports that were cut short are open again; stale ones go."""
-        now = self.clock()
+        """At the server's start: imports that were cut short are open again; leftovers go."""
         with transaction(self.engine) as session:
-            session.execute(update(Upload).where(Upload.state == "importing").values(state="open"))
-            stale = session.scalars(
-                select(Upload).where(Upload.state == "open", Upload.updated_at < now - KEPT_FOR)
-            ).all()
-            for upload in stale:
-                session.delete(upload)
-            session.flush()
+            reopened = update(Upload).where(Upload.state == "importing").values(state="open")
+            session.execute(reopened)
+            self._expire(session)
             kept = set(session.scalars(select(Upload.id).where(Upload.state == "open")))
         for part in self.folder.glob("*.part"):
             if part.stem not in kept:
                 part.unlink(missing_ok=True)
+
+    def _expire(self, session: Session) -> None:
+        """Drop uploads that nobody touched for long."""
+        stale = delete(Upload).where(
+            Upload.state == "open", Upload.updated_at < self.clock() - KEPT_FOR
+        )
+        for upload_id in session.scalars(stale.returning(Upload.id)).all():
+            self._part(upload_id).unlink(missing_ok=True)
 
     def _part(self, upload_id: str) -> Path:
         return self.folder / f"{upload_id}.part"
@@ -231,12 +263,13 @@ class Uploads:
             "format": imported.format,
             "media_type": imported.media_type,
             "file_name": imported.file_name,
-            "meta": {**imported.meta, "notes": list(imported.notes)},
+            "meta": dict(imported.meta),
             "created_at": now,
         }
         with transaction(self.engine) as session:
             insert_new(session, Artifact, values)
-            done = {"state": "complete", "artifact": blob.sha256, "updated_at": now}
+            notes = list(imported.notes)
+            done = {"state": "complete", "artifact": blob.sha256, "notes": notes, "updated_at": now}
             session.execute(update(Upload).where(Upload.id == upload.id).values(**done))
             artifact = session.get_one(Artifact, blob.sha256)
         self._part(upload.id).unlink(missing_ok=True)

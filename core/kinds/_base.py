@@ -98,10 +98,10 @@ class Chunk(Protocol):
         """Return a read-only local path of a stored blob."""
 
     def outputs(self, stage: str) -> Sequence[Mapping[str, Produced]]:
-        """Return what each chunk of an earlier stage (or of this one so far) made, in order.
+        """Return what each chunk of an earlier stage made, in order, by name, readable."""
 
-        Outputs and checkpoints together, by name, paths readable.
-        """
+    def latest(self, stage: str) -> Mapping[str, Produced]:
+        """Return what the last finished chunk of a chained stage made; empty before the first."""
 
     def cached(self, key: str) -> Produced | None:
         """Return what any earlier chunk stored under this cache key."""

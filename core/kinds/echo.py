@@ -13,8 +13,8 @@ class Spec(JobSpec):
     """A text, how often to say it, and in how many chunks."""
 
     kind: Literal["echo"] = "echo"
-    text: str = Field(min_length=1, max_length=10_000)
-    times: int = Field(1, ge=1, le=10_000, description="Lines, one chunk each.")
+    text: str = Field(min_length=1, max_length=200)
+    times: int = Field(1, ge=1, le=1_000, description="Lines, one chunk each.")
 
 
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
@@ -24,8 +24,8 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
 
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Write the lines so far and one more."""
-    before = chunk.outputs("lines")
-    said = before[-1]["so_far"].path.read_text() if before else ""
+    before = chunk.latest("lines")
+    said = before["so_far"].path.read_text() if before else ""
     path = chunk.workdir / "echo.txt"
     path.write_text(said + spec.text + "\n")
     chunk.progress(1, 1)

@@ -45,6 +45,12 @@ def upgrade() -> None:
         )
 
     op.create_table(
+        "service_facts",
+        sa.Column("key", sa.String(), nullable=False),
+        sa.Column("value", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("key", name=op.f("pk_service_facts")),
+    )
+    op.create_table(
         "workers",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("device", sa.String(), nullable=False),
@@ -166,6 +172,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("artifact", sa.String(), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
+        sa.Column("notes", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(
@@ -226,6 +233,7 @@ def downgrade() -> None:
 
     op.drop_table("cache_entries")
     op.drop_table("workers")
+    op.drop_table("service_facts")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_jobs_state_jobs_created_at"))
         batch_op.drop_index(batch_op.f("ix_jobs_created_at_jobs_id"))

@@ -151,7 +151,7 @@ def test_server_restarts_are_not_counted_against_a_chunk(engine: Engine, clock: 
     for _ in range(10):
         claim(engine, clock)
         with transaction(engine) as session:
-            assert lease.release_all(session, now=clock()) == 1
+            assert lease.release_all(session, owner_prefix="w", now=clock()) == 1
 
     finish(engine, claim(engine, clock), clock, some_file())
     assert state(engine, job_id) == "succeeded"
