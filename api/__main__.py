@@ -4,23 +4,44 @@ import logging
 import signal
 import socket
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from api.access import JsonLines
 from api.app import create_app
 from api.lock import DataDirBusy, only_server
+from core.db.session import make_engine
 from core.settings import Settings
 
 USAGE_ERROR = 2
+SECRETS = frozenset({"API_KEY", "DATABASE_URL"})
+"""Settings whose value is never printed."""
+DATABASES = ("sqlite", "postgresql")
+EXAMPLE_URL = "postgresql+psycopg://user:password@host/name"
 
 
 class Server(uvicorn.Server):
-    """Tells the event streams to end as soon as a signal comes, so that shutdown never waits."""
+    """Says where it is once it listens, and tells the event streams to end with the signal."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; only what is true by then is announced."""
+        await super().startup(sockets)
+        if self.started:
+            logging.getLogger("stillroom").info("serving %s", self._url)
+            with suppress(OSError):  # nobody reads: no reason to end
+                sys.stdout.write(f"dashboard  {self._url}/\nAPI docs   {self._url}/docs\n")
+                sys.stdout.flush()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note the signal."""
@@ -36,9 +57,9 @@ def main() -> int:
     try:
         settings = Settings()
         listener = _listen(settings.host, settings.port)
-        with only_server(settings.data_dir):
-            pass  # told here in one line; the application takes the lock for good
-    except (ValidationError, SettingsError, DataDirBusy, OSError) as error:
+        with only_server(settings.data_dir):  # the application takes the lock for good
+            _check_database(settings.url)
+    except (ValidationError, SettingsError, DataDirBusy, DatabaseRefused, OSError) as error:
         sys.stderr.write(f"stillroom: {_one_line(error)}\n")
         return USAGE_ERROR
     _set_up_logs()
@@ -51,12 +72,10 @@ def main() -> int:
         server_header=False,
         date_header=True,
     )
-    server = Server(config)
+    server = Server(config, _url(settings.host, settings.port))
     # uvicorn raises the signal again once it is down: ending on request is success.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    logging.getLogger("stillroom").info("serving http://%s:%s", host, settings.port)
     server.run(sockets=[listener])
     return 0 if server.started else 1
 
@@ -74,10 +93,47 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _url(host: str, port: int) -> str:
+    """Return an address that a browser on this machine can open."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+class DatabaseRefused(RuntimeError):
+    """STILL_DATABASE_URL names no database that can be used; tells no password."""
+
+
+def _check_database(url: str) -> None:
+    """Connect once, so that a wrong URL is told in one line."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # Not what was given: it may hold a password.
+        raise DatabaseRefused(f"not a database URL; write it like {EXAMPLE_URL}") from None
+    if parsed.get_backend_name() not in DATABASES:
+        allowed = ", ".join(DATABASES)
+        raise DatabaseRefused(f"{parsed.get_backend_name()} is not served; allowed: {allowed}")
+    try:
+        engine = make_engine(url)
+    except (ArgumentError, ModuleNotFoundError) as error:
+        raise DatabaseRefused(f"no driver {parsed.drivername}: {error}") from None
+    try:
+        with engine.connect():
+            pass
+    except SQLAlchemyError as error:
+        told = " ".join(str(getattr(error, "orig", None) or type(error).__name__).split())
+        told = told.replace(parsed.password or "\0", "***")
+        raise DatabaseRefused(f"the {parsed.drivername} database does not open: {told}") from None
+    finally:
+        engine.dispose()
+
+
 def _one_line(error: Exception) -> str:
     """Name the variable, the value and what was allowed; a secret's value stays unsaid."""
     if isinstance(error, SettingsError):
         return f"{error}; write it as JSON"
+    if isinstance(error, DatabaseRefused):
+        return f"STILL_DATABASE_URL: {error}"
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())
     told = []
@@ -86,7 +142,7 @@ def _one_line(error: Exception) -> str:
         message = wrong["msg"].removeprefix("Value error, ")
         if not name:
             told.append(message)
-        elif name == "API_KEY":
+        elif name in SECRETS:
             told.append(f"STILL_{name}: {message}")
         else:
             told.append(f"STILL_{name}: {message}; got {wrong['input']!r}")

@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 from api import pages, problems
 from api.access import Access
 from api.bodies import StrictRoute
-from api.deps import Context
+from api.deps import Context, Lane, known_query
 from api.embedded import Embedded
 from api.guard import Guard
 from api.lock import only_server
@@ -25,7 +25,7 @@ from api.views import Problem
 from core.artifacts.limits import Limits
 from core.artifacts.store import LocalStore
 from core.db.session import make_engine, transaction, upgrade
-from core.jobs import lease, pool
+from core.jobs import housekeeping, lease, pool
 from core.jobs.uploads import Uploads
 from core.settings import Settings
 
@@ -68,7 +68,11 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # the framework's pages load scripts from elsewhere; ours is api/pages
         redoc_url=None,
-        dependencies=[Depends(HTTPBearer(auto_error=False, description="STILL_API_KEY, if set"))],
+        openapi_url=None,  # api/pages serves it too, by the same rules as every route
+        dependencies=[
+            Depends(HTTPBearer(auto_error=False, description="STILL_API_KEY, if set")),
+            Depends(known_query),
+        ],
     )
     app.router.route_class = StrictRoute
     for module in (jobs, events, artifacts, uploads, kinds, health, pages):
@@ -88,6 +92,8 @@ def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) 
     if embedded:
         _release(settings, engine, now=clock())
     store = LocalStore(settings.data_dir)
+    with transaction(engine) as session:
+        housekeeping.bind_store(session, store.identity())
     limits = Limits(
         memory_bytes=settings.import_memory_bytes,
         wall_seconds=settings.import_timeout.total_seconds(),
@@ -103,14 +109,25 @@ def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) 
         open_limit=settings.uploads_open_limit,
     )
     arrivals.recover()
-    return Context(settings=settings, engine=engine, store=store, uploads=arrivals, clock=clock)
+    return Context(
+        settings=settings,
+        engine=engine,
+        store=store,
+        uploads=arrivals,
+        clock=clock,
+        embedded=embedded,
+        parts=Lane("parts", settings.parts_at_once, wait_s=settings.body_idle.total_seconds()),
+        imports=Lane(
+            "imports", settings.imports_at_once, wait_s=settings.import_timeout.total_seconds()
+        ),
+    )
 
 
 def _release(settings: Settings, engine: Engine, *, now: datetime) -> None:
     """Take back what the workers of a dead server held: we hold the lock, so none is alive."""
     with transaction(engine) as session:
-        lease.release_all(session, now=now)
-        pool.forget_all(session)
+        lease.release_all(session, owner_prefix=settings.owner_prefix, now=now)
+        pool.forget_all(session, owner_prefix=settings.owner_prefix)
     shutil.rmtree(settings.scratch, ignore_errors=True)
     settings.scratch.mkdir(parents=True, exist_ok=True)
 

@@ -1,6 +1,7 @@
-"""Reads JSON bodies strictly: UTF-8, no NaN, no NUL, no bottomless nesting; never a 500."""
+"""Reads JSON bodies strictly: UTF-8, no NaN, no NUL, no key twice, no deep nesting; never a 500."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -9,23 +10,25 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+DEPTH_LIMIT = 64
+TOO_DEEP = f"the body is nested too deeply; allowed: {DEPTH_LIMIT} levels"
+
 
 def parse_json(raw: bytes | str) -> Any:
     """Return the value, or raise HTTPException 400 that says what is wrong and where."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"the body is not UTF-8: byte {error.start}") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise HTTPException(400, f"the body is not JSON: {error.msg} at {place}") from error
     except RecursionError as error:
-        raise HTTPException(400, "the body is nested too deeply") from error
+        raise HTTPException(400, TOO_DEEP) from error
     except ValueError as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from error
-    if "\\u" in text:
-        _check_texts(value)
+    _check(value)
     return value
 
 
@@ -33,15 +36,25 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number; leave the field out, or send null")
 
 
-def _check_texts(value: Any) -> None:
-    """Refuse texts that no database or file can hold: NUL, and halves of surrogate pairs."""
-    rest = [value]
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise HTTPException(400, f"an object of the body names {twice[:80]!r} twice; say it once")
+    return found
+
+
+def _check(value: Any) -> None:
+    """Refuse deep nesting, and texts that no database can hold: NUL, halves of surrogate pairs."""
+    rest = [(value, 0)]
     while rest:
-        item = rest.pop()
+        item, depth = rest.pop()
+        if depth > DEPTH_LIMIT:
+            raise HTTPException(400, TOO_DEEP)
         if isinstance(item, dict):
-            rest += [*item.keys(), *item.values()]
+            rest += [(part, depth + 1) for pair in item.items() for part in pair]
         elif isinstance(item, list):
-            rest += item
+            rest += [(part, depth + 1) for part in item]
         elif isinstance(item, str) and (
             "\0" in item or any("\ud800" <= c <= "\udfff" for c in item)
         ):

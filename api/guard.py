@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import quote, urlsplit
 
+from anyio import fail_after
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
@@ -46,6 +47,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         limit = self._limit(scope)
+        idle_s = self._settings.body_idle.total_seconds()
         refusal = (
             self._check_host(scope, headers)
             or _check_origin(scope, headers)
@@ -56,7 +58,7 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await self.app(scope, _counted(receive, limit), send)
+        await self.app(scope, _watched(receive, limit, idle_s), send)
 
     def _limit(self, scope: Scope) -> int:
         part = scope["method"] == "PATCH" and scope["path"].startswith("/v1/uploads/")
@@ -73,20 +75,26 @@ class Guard:
         return problem(scope, 421, f"Host {name!r} is not served without a key; use {allowed}")
 
     def _check_key(self, scope: Scope, headers: Headers) -> Response | None:
-        key = self._settings.api_key
         path = scope["path"]
-        if key is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
             return None
-        secret = key.get_secret_value()
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and same(given.strip(), secret):
-            return None
-        if cookie_valid(_cookie(headers), secret, now=self._clock()):
+        if key_given(headers, self._settings, now=self._clock()):
             return None
         if not path.startswith("/v1") and "text/html" in headers.get("accept", ""):
             return RedirectResponse(f"/login?next={quote(path)}", 303)
         detail = "send `Authorization: Bearer KEY` with the service's key"
         return problem(scope, 401, detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+def key_given(headers: Headers, settings: Settings, *, now: datetime) -> bool:
+    """Whether the request proves that it knows the key; true where none is set."""
+    if settings.api_key is None:
+        return True
+    secret = settings.api_key.get_secret_value()
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and same(given.strip(), secret):
+        return True
+    return cookie_valid(_cookie(headers), secret, now=now)
 
 
 def _host_name(host: str) -> str:
@@ -133,20 +141,28 @@ def too_large(limit_bytes: int) -> str:
     return f"the body is larger than the limit of {limit_bytes} bytes"
 
 
-def _counted(receive: Receive, limit: int) -> Receive:
-    """Stop reading a body that passes ``limit`` without having said so."""
-    seen = 0
+def _watched(receive: Receive, limit: int, idle_s: float) -> Receive:
+    """Stop reading a body that passes ``limit`` without having said so, or that stops coming."""
+    seen, whole = 0, False
 
-    async def counting() -> Message:
-        nonlocal seen
-        message = await receive()
+    async def watching() -> Message:
+        nonlocal seen, whole
+        if whole:
+            return await receive()  # waits for the other side to leave, however long
+        try:
+            with fail_after(idle_s):
+                message = await receive()
+        except TimeoutError:
+            told = f"no byte of the body came for {idle_s:g} s; what came of an upload is kept"
+            raise HTTPException(408, told, headers={"Connection": "close"}) from None
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if seen > limit:
                 raise HTTPException(413, too_large(limit))
         return message
 
-    return counting
+    return watching
 
 
 def same(given: str, secret: str) -> bool:

@@ -3,7 +3,7 @@
 import json
 import logging
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Scope
 
 from core.errors import StillroomError
@@ -28,6 +29,7 @@ CODES: Mapping[int, str] = {
     403: "cross_origin",
     404: "not_found",
     405: "method_not_allowed",
+    408: "body_stalled",
     409: "conflict",
     413: "too_large",
     415: "unsupported_media_type",
@@ -38,6 +40,9 @@ CODES: Mapping[int, str] = {
     503: "database_unavailable",
 }
 """The code of what HTTP itself refuses; a StillroomError brings its own."""
+RETRYABLE = frozenset({408, 503})
+"""Of these; a StillroomError says so itself."""
+RETRY_AFTER_S = 5
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -51,6 +56,13 @@ class Blame:
 
     pointer: str
     detail: str
+
+
+class Busy(StillroomError):
+    """As many requests of this sort are served as may be at once; try again shortly."""
+
+    status = 503
+    retryable = True
 
 
 class ProblemResponse(Response):
@@ -103,7 +115,11 @@ async def _of_domain(request: Request, error: Exception) -> Response:
     assert isinstance(error, StillroomError)
     blamed = error.pointer is not None
     blames = [Blame(error.pointer or "", error.message)] if blamed else []
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.status == 503:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
     return problem(
         request.scope,
         error.status,
@@ -117,19 +133,41 @@ async def _of_domain(request: Request, error: Exception) -> Response:
 
 async def _of_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    detail = error.detail
-    if error.status_code == 404:
+    detail, headers, status = error.detail, error.headers, error.status_code
+    if status == 404:
         detail = f"nothing is served at {request.url.path}"
-    elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "none")
+    elif status == 405:
+        allowed = ", ".join(sorted(_methods(request)))
         detail = f"{request.method} is not served here; allowed: {allowed}"
-    return problem(request.scope, error.status_code, detail, headers=error.headers)
+        headers = {"Allow": allowed}
+    retryable = status in RETRYABLE
+    return problem(request.scope, status, detail, retryable=retryable, headers=headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """Every method of the path: the framework names those of its first route alone."""
+    found: set[str] = set()
+    for route in _leaves(request.app.routes):
+        if isinstance(route, Route) and route.path_regex.match(request.scope["path"]):
+            found |= route.methods or set()
+    return found or {"GET", "HEAD"}  # a static file
+
+
+def _leaves(routes: Sequence[Any]) -> Iterator[Any]:
+    for route in routes:
+        included = getattr(route, "original_router", None)  # newer frameworks keep the tree
+        if included is None:
+            yield route
+        else:
+            yield from _leaves(included.routes)
 
 
 async def _of_outage(request: Request, error: Exception) -> Response:
     log.error("database: %s", error, extra={"request_id": _request_id(request)})
     detail = "the database does not answer; nothing was changed, try again shortly"
-    return problem(request.scope, 503, detail, retryable=True, headers={"Retry-After": "5"})
+    return problem(
+        request.scope, 503, detail, retryable=True, headers={"Retry-After": str(RETRY_AFTER_S)}
+    )
 
 
 async def _of_validation(request: Request, error: Exception) -> Response:

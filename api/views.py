@@ -1,12 +1,13 @@
 """What the API shows. The docstrings and descriptions here are the API reference."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, WrapValidator
 
 from core.db.models import Artifact, Event, Job, Output, Upload, Worker
 from core.jobs.states import JobState
@@ -227,6 +228,7 @@ class UploadAsked(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
+        strict=True,
         json_schema_extra={
             "examples": [{"file_name": "pairs.npz", "size_bytes": 1024, "sha256": "9f86" * 16}]
         },
@@ -245,6 +247,7 @@ class UploadView(View):
     file_name: str
     size_bytes: int
     sha256: str
+    created_at: datetime
     received_bytes: int = Field(description="Send the next part with this as Upload-Offset.")
     part_limit_bytes: int = Field(description="The largest part taken by one PATCH.")
     artifact: str | None = Field(description="The SHA-256 of what it became.")
@@ -256,6 +259,12 @@ class UploadView(View):
         facts = {"received_bytes": received_bytes, "part_limit_bytes": part_limit_bytes}
         names = cls.model_fields.keys() - facts.keys()
         return cls.model_validate({**{name: getattr(upload, name) for name in names}, **facts})
+
+
+class UploadPage(View):
+    """Uploads, newest first."""
+
+    items: list[UploadView]
 
 
 class KindView(View):
@@ -310,12 +319,18 @@ class Health(View):
 
 
 class Ready(View):
-    """Whether jobs can be taken: 200, else 503."""
+    """Whether jobs are taken and run: 200 where `status` is ok, else 503."""
 
-    status: str = Field(description="ok or unavailable.")
+    status: str = Field(
+        description="ok; unavailable (database or store is not ok); or no_worker (this server runs "
+        "workers of its own and none is alive: for a moment after each start)."
+    )
     database: str = Field(description="ok, or what is wrong.")
     store: str = Field(description="ok, or what is wrong.")
-    workers: list[WorkerView]
+    workers_alive: int = Field(description="Workers heard of lately; 0 without the database.")
+    workers: list[WorkerView] | None = Field(
+        description="Null where the service has a key and the request does not."
+    )
 
 
 class BlameView(View):
@@ -345,11 +360,18 @@ def job_views(jobs: Sequence[Job], statuses: Sequence[JobStatus]) -> list[JobVie
 
 
 def _any_spec() -> Any:
-    """Return the union of all kinds' specs, told apart by ``kind``, with their examples."""
+    """Return the union of all kinds' specs, told apart by ``kind``; true is no 1, "3" no 3."""
     specs = [kind.spec for kind in kinds().values()]
-    if len(specs) == 1:
-        return specs[0]
-    return Annotated[reduce(or_, specs), Field(discriminator="kind")]
+    union: Any = specs[0]
+    if len(specs) > 1:
+        union = Annotated[reduce(or_, specs), Field(discriminator="kind")]
+    adapter: TypeAdapter[JobSpec] = TypeAdapter(union)
+
+    def strictly(value: Any, _lax: Any) -> JobSpec:
+        # As JSON: only there does strict mode take a list for a tuple and a text for an enum.
+        return adapter.validate_json(json.dumps(value), strict=True)
+
+    return Annotated[union, WrapValidator(strictly)]
 
 
 if TYPE_CHECKING:

@@ -1,11 +1,19 @@
 """The light client: ``Stillroom`` speaks HTTP, ``still`` is the command. No torch, no server."""
 
 from client.api import Stillroom
-from client.errors import ApiError, FileInTheWay, HashMismatch, StillroomError, Unreachable
+from client.errors import (
+    ApiError,
+    BadReference,
+    FileInTheWay,
+    HashMismatch,
+    StillroomError,
+    Unreachable,
+)
 from client.wire import Retry
 
 __all__ = [
     "ApiError",
+    "BadReference",
     "FileInTheWay",
     "HashMismatch",
     "Retry",

@@ -13,7 +13,8 @@ from client import downloads, events, packing, uploads
 from client.downloads import Report
 from client.errors import NoSuchArtifact
 from client.events import Event
-from client.views import TERMINAL, Artifact, Job, KindView, Output, Progress
+from client.references import artifact_path, job_path
+from client.views import TERMINAL, Artifact, Curve, Job, KindView, Output, Progress
 from client.wire import Retry, Wire
 
 DEFAULT_URL = "http://127.0.0.1:8321"
@@ -27,7 +28,7 @@ class Stillroom:
     """A Stillroom service.
 
     Calls are repeated through outages as ``retry`` says; what is still wrong then is raised as
-    Unreachable or ApiError.
+    Unreachable or ApiError. What is no job's id and no SHA-256 is never sent: BadReference.
 
     Args:
         base_url: Where the service is, ``http://127.0.0.1:8321``.
@@ -101,7 +102,7 @@ class Stillroom:
 
     def get(self, job_id: str) -> Job:
         """Return a job."""
-        job: Job = self._wire.call("GET", f"/v1/jobs/{job_id}")
+        job: Job = self._wire.call("GET", job_path(job_id))
         return job
 
     def list(
@@ -125,7 +126,7 @@ class Stillroom:
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job; the answer is ``cancelled``, or ``cancelling`` where a chunk still runs."""
-        job: Job = self._wire.call("POST", f"/v1/jobs/{job_id}/cancel")
+        job: Job = self._wire.call("POST", job_path(job_id, "cancel"))
         return job
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
@@ -162,20 +163,20 @@ class Stillroom:
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, WAITING_S)
 
-    def metrics(self, job_id: str) -> Mapping[str, Sequence[tuple[int, float]]]:
-        """Return a job's curves: name -> (step, value) points."""
-        found: Mapping[str, Sequence[tuple[int, float]]]
-        found = self._wire.call("GET", f"/v1/jobs/{job_id}/metrics")["metrics"]
+    def metrics(self, job_id: str) -> Mapping[str, Curve]:
+        """Return a job's curves: name -> (step, value) points; None where a value is not finite."""
+        found: Mapping[str, Curve]
+        found = self._wire.call("GET", job_path(job_id, "metrics"))["metrics"]
         return found
 
     def artifacts(self, job_id: str) -> Sequence[Output]:
         """Return what a job offers so far."""
-        found: Sequence[Output] = self._wire.call("GET", f"/v1/jobs/{job_id}/artifacts")["items"]
+        found: Sequence[Output] = self._wire.call("GET", job_path(job_id, "artifacts"))["items"]
         return found
 
     def artifact(self, sha256: str) -> Artifact:
         """Return an artifact's facts and where it came from."""
-        found: Artifact = self._wire.call("GET", f"/v1/artifacts/{sha256}")
+        found: Artifact = self._wire.call("GET", artifact_path(sha256))
         return found
 
     def download(

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 
 from client.errors import ApiError, FileInTheWay, HashMismatch, StillroomError, Unreachable
+from client.references import artifact_path
 from client.wire import Patience, Wire
 
 Report = Callable[[int, int | None], None]
@@ -36,7 +37,9 @@ def fetch(
     Raises:
         FileInTheWay: ``path`` holds something else and ``overwrite`` is false.
         HashMismatch: the bytes were wrong twice, the second time fetched from the start.
+        BadReference: ``sha256`` is none.
     """
+    artifact_path(sha256)
     if path.is_dir():
         raise FileInTheWay(f"{path} is a folder")
     if path.exists():
@@ -86,7 +89,8 @@ def _append(wire: Wire, sha256: str, part: Path, report: Report) -> None:
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": f'"{sha256}"'}
-    with wire.stream("GET", f"/v1/artifacts/{sha256}/content", headers=headers) as response:
+    path = artifact_path(sha256, "content")
+    with wire.stream("GET", path, headers=headers) as response:
         done = _start(wire, response, have)
         length = response.headers.get("content-length", "")
         total = done + int(length) if length.isdigit() else None

@@ -55,5 +55,9 @@ class NotUploadable(StillroomError):
     """The path is nothing that can be sent as one artifact."""
 
 
+class BadReference(StillroomError):
+    """What was given as a job's id or a SHA-256 has not the form of one; nothing was sent."""
+
+
 class NoSuchArtifact(StillroomError):
     """The job offers no artifact of that name."""

@@ -8,6 +8,7 @@ from typing import Any
 import httpx2
 
 from client.errors import StillroomError
+from client.references import job_path
 from client.views import TERMINAL, Job
 from client.wire import Patience, Wire
 
@@ -51,7 +52,7 @@ def _stream(wire: Wire, job_id: str, after: int, patience: Patience) -> Iterator
     """Yield the events of one connection."""
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
     timeout = httpx2.Timeout(wire.http.timeout.connect, read=SILENCE_S)
-    path = f"/v1/jobs/{job_id}/events"
+    path = job_path(job_id, "events")
     with wire.stream("GET", path, headers=headers, timeout=timeout) as response:
         patience.answered()
         for sent in httpx2.EventSource(response):
@@ -71,5 +72,5 @@ def _read(sent: httpx2.ServerSentEvent) -> Event:
 
 def _over(wire: Wire, job_id: str) -> bool:
     """Whether nothing more can come: the stream ended empty and the job is finished."""
-    job: Job = wire.call("GET", f"/v1/jobs/{job_id}")
+    job: Job = wire.call("GET", job_path(job_id))
     return job["state"] in TERMINAL

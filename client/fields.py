@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from client import strict
+from client.inputs import TEXT, Finite
+
 Schema = Mapping[str, Any]
 
-SCALARS = {"string": click.STRING, "integer": click.INT, "number": click.FLOAT}
 RESERVED = frozenset({"kind", "labels", "label", "file", "set", "watch", "url", "api_key", "json"})
 RESERVED_MORE = frozenset({"patience", "cache_dir", "help", "from_file", "changes"})
 
@@ -93,12 +95,12 @@ def _type(field: Field) -> click.ParamType[Any] | None:
         return click.Choice(field.choices)
     name, about = field.schema.get("type"), field.schema
     if name not in {"integer", "number"}:
-        return SCALARS.get(str(name))
+        return TEXT if name == "string" else None
     low, high = about.get("minimum"), about.get("maximum")
     over, under = about.get("exclusiveMinimum"), about.get("exclusiveMaximum")
     if name == "integer" and over is None and under is None:
         return click.IntRange(low, high) if (low, high) != (None, None) else click.INT
-    return click.FloatRange(
+    return Finite(
         low if over is None else over,
         high if under is None else under,
         min_open=over is not None,
@@ -153,14 +155,17 @@ def _only(variants: list[str]) -> str:
 def read_change(text: str, schema: Schema) -> tuple[list[str], Any]:
     """Read ``path=value``: JSON where it is JSON, unless the schema wants text there."""
     path, equals, value = text.partition("=")
-    if not equals or not all(path.split(".")):
-        raise click.BadParameter(f"{text!r}; needed path=value", param_hint="--set")
+    names = path.split(".")
+    if not equals or not all(names) or len(names) > strict.DEPTH:
+        raise click.BadParameter(f"{text[:60]!r}; needed path=value", param_hint="--set")
     if _wants_text(path, schema):
-        return path.split("."), value
+        return names, value
     try:
-        return path.split("."), json.loads(value)
-    except ValueError:
-        return path.split("."), value
+        return names, strict.loads(value)
+    except json.JSONDecodeError:
+        return names, value
+    except strict.NotTaken as error:
+        raise click.BadParameter(f"{path}: {error}", param_hint="--set") from error
 
 
 def _wants_text(path: str, schema: Schema) -> bool:

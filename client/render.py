@@ -57,12 +57,21 @@ def bar(fraction: float, width: int = 12) -> str:
     return "━" * full + "╌" * (width - full)
 
 
-def sparkline(values: Sequence[float], *, width: int = 60, blocks: str = BLOCKS) -> str:
-    """Return one character per point, lowest to highest; long curves are averaged."""
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a measured value; ``?`` where the server has none."""
+    return "?" if value is None else f"{value:.{digits}g}"
+
+
+def sparkline(values: Sequence[float | None], *, width: int = 60, blocks: str = BLOCKS) -> str:
+    """Return one character per point, lowest to highest; long curves are averaged.
+
+    What is not finite, or not there, becomes ``?`` where a whole point is made of it.
+    """
     step = max(1, math.ceil(len(values) / width))
     cut = [values[i : i + step] for i in range(0, len(values), step)]
-    finite = [[v for v in part if math.isfinite(v)] for part in cut]
-    means = [sum(part) / len(part) if part else None for part in finite]
+    # Halved, so that no difference of finite values overflows.
+    finite = [[v / 2 for v in part if v is not None and math.isfinite(v)] for part in cut]
+    means = [sum(v / len(part) for v in part) if part else None for part in finite]
     known = [mean for mean in means if mean is not None]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
     span = (high - low) or 1.0

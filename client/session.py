@@ -14,6 +14,7 @@ from rich.console import Console
 
 from client.api import DEFAULT_URL, Stillroom
 from client.errors import StillroomError
+from client.inputs import TEXT, Finite
 from client.views import State
 from client.wire import Retry
 
@@ -75,14 +76,22 @@ def connection_options(*, defaults: bool = False) -> list[click.Option]:
         return name if defaults else None
 
     return [
-        _option("--url", "url", env("STILL_URL"), help=f"The service. [default: {DEFAULT_URL}]"),
-        _option("--api-key", "api_key", env("STILL_API_KEY"), help="Sent as a bearer token."),
+        _option(
+            "--url",
+            "url",
+            env("STILL_URL"),
+            type=TEXT,
+            help=f"The service. [default: {DEFAULT_URL}]",
+        ),
+        _option(
+            "--api-key", "api_key", env("STILL_API_KEY"), type=TEXT, help="Sent as a bearer token."
+        ),
         _option("--json", "as_json", None, is_flag=True, default=None, help="Print JSON."),
         _option(
             "--patience",
             "patience_s",
             env("STILL_PATIENCE"),
-            type=click.FloatRange(0, 86_400),
+            type=Finite(0, 86_400),
             metavar="SECONDS",
             help="Wait so long for a server that is away. [default: 3 at first, then 60]",
         ),
@@ -137,8 +146,8 @@ def say_json(value: Any) -> None:
 
 
 def clean(text: str) -> str:
-    """Take out control characters: names come from others and must not drive the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+    """Take out what must not drive a terminal or cannot be printed: names come from others."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "?", text)
 
 
 def labels_of(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import httpx2
 
 from client.downloads import Report, sha256_of
 from client.errors import ApiError, StillroomError
+from client.references import upload_path
 from client.views import Artifact, Upload
 from client.wire import Patience, Wire
 
@@ -91,7 +92,9 @@ def _open(wire: Wire, memory: Memory, file: _File) -> tuple[Upload, bool]:
         upload = _look(wire, known)
         if upload is not None and upload["state"] != "failed":
             return upload, True
-    about = {"file_name": file.path.name, "size_bytes": file.size_bytes, "sha256": file.sha256}
+    # A file's name may hold bytes that are no text; the name is only shown.
+    name = file.path.name.encode(errors="replace").decode()
+    about = {"file_name": name, "size_bytes": file.size_bytes, "sha256": file.sha256}
     opened: Upload = wire.call("POST", "/v1/uploads", json=about)
     memory.remember(file.sha256, wire.url, opened["id"])
     return opened, False
@@ -99,7 +102,7 @@ def _open(wire: Wire, memory: Memory, file: _File) -> tuple[Upload, bool]:
 
 def _look(wire: Wire, upload_id: str) -> Upload | None:
     try:
-        found: Upload = wire.call("GET", f"/v1/uploads/{upload_id}")
+        found: Upload = wire.call("GET", upload_path(upload_id))
     except ApiError as error:
         if error.status == HTTPStatus.NOT_FOUND:
             return None
@@ -129,7 +132,7 @@ def _send_part(wire: Wire, upload: Upload, part: bytes, patience: Patience) -> U
         "Upload-Offset": str(upload["received_bytes"]),
         "Content-Type": "application/octet-stream",
     }
-    path = f"/v1/uploads/{upload['id']}"
+    path = upload_path(upload["id"])
     try:
         sent: Upload = wire.once("PATCH", path, content=part, headers=headers)
     except StillroomError as error:
@@ -143,12 +146,14 @@ def _send_part(wire: Wire, upload: Upload, part: bytes, patience: Patience) -> U
 def _finish(wire: Wire, upload_id: str) -> Artifact:
     """Have the file checked and imported; asking again is harmless."""
     patience = Patience(wire)
-    path = f"/v1/uploads/{upload_id}"
+    path = upload_path(upload_id)
     timeout = httpx2.Timeout(wire.http.timeout.connect, read=IMPORT_S)
     until = time.monotonic() + IMPORT_S
     while True:
         try:
-            artifact: Artifact = wire.once("POST", f"{path}/complete", timeout=timeout)
+            artifact: Artifact = wire.once(
+                "POST", upload_path(upload_id, "complete"), timeout=timeout
+            )
         except StillroomError as error:
             upload: Upload = wire.call("GET", path)
             if upload["state"] == "failed":

@@ -1,9 +1,12 @@
 """What the server shows, as it comes over the wire. Instants are ISO 8601 UTC strings."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 State = Literal["waiting", "queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
+
+Curve = Sequence[tuple[int, float | None]]
 
 
 class Progress(TypedDict):

@@ -1,13 +1,13 @@
 """The list of jobs, and a job's own page."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 from api.deps import Context, Ctx
 from api.pages.render import PageRoute, page
-from api.pages.submit import uses_of
+from api.pages.submit import check_kind, uses_of
 from api.routes import jobs as resource
 from api.routes.jobs import JobIdPath
 from api.views import EventView, JobView, WorkerView
@@ -25,15 +25,15 @@ EVENTS_SHOWN = 1000
 def index(
     request: Request,
     ctx: Ctx,
-    state: str = "",
+    state: JobState | Literal[""] = "",
     kind: str = "",
     cursor: Annotated[str | None, Query()] = None,
 ) -> Response:
     """Show the jobs, newest first."""
-    wanted = state if state in set(JobState) else None
+    check_kind(kind)
     with ctx.reading() as session:
         jobs, following = service.list_jobs(
-            session, limit=PAGE_SIZE, cursor=cursor, state=wanted, kind=kind or None
+            session, limit=PAGE_SIZE, cursor=cursor, state=state or None, kind=kind or None
         )
         items = ctx.show(session, jobs)
         workers = _workers(ctx)

@@ -6,14 +6,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from api.pages.render import PageRoute, page
 from api.pages.submit import type_of
-from api.problems import CODES
+from api.problems import CODES, RETRYABLE
 from core.errors import StillroomError
 
 router = APIRouter(route_class=PageRoute)
+
+
+@router.get("/openapi.json")
+def document(request: Request) -> JSONResponse:
+    """Return the OpenAPI document."""
+    return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs")
@@ -82,7 +88,7 @@ def _shapes(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _codes() -> Iterator[dict[str, Any]]:
     told = {}
     for status, code in CODES.items():
-        told[code] = {"code": code, "status": status, "about": "", "retryable": status == 503}
+        told[code] = {"code": code, "status": status, "about": "", "retryable": status in RETRYABLE}
     for error in sorted(StillroomError.__subclasses__(), key=lambda error: error.__name__):
         about = inspect.getdoc(error) or ""
         told[error.code()] = {

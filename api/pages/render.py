@@ -1,12 +1,14 @@
 """Turns templates into pages, and errors on the way into a page that tells them."""
 
 import json
-from collections.abc import Callable, Coroutine, Mapping
+import math
+from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -16,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from api.guard import PAGE_HEADERS
+from api.problems import CODES, blame_all, summary_of
 from core.errors import StillroomError
 
 FOLDER = Path(__file__).parent
@@ -48,6 +51,11 @@ def instant(value: datetime | None) -> Markup:
     )
 
 
+def chunks(done: float) -> str:
+    """Return chunks done: `9`, or `8.9` while one runs; never rounded up to what is not done."""
+    return f"{math.floor(done * 10) / 10:.10g}"
+
+
 _ENV = Environment(
     loader=FileSystemLoader(FOLDER / "templates"),
     autoescape=True,
@@ -56,6 +64,7 @@ _ENV = Environment(
     lstrip_blocks=True,
 )
 _ENV.filters.update(
+    chunks=chunks,
     size=size,
     lasting=lasting,
     instant=instant,
@@ -92,9 +101,10 @@ class PageRoute(APIRoute):
             try:
                 return await handle(request)
             except StillroomError as error:
-                facts: Mapping[str, Any] = {"code": error.code(), "message": error.message}
-                return await run_in_threadpool(
-                    page, request, "error.html", status=error.status, **facts
-                )
+                status, facts = error.status, {"code": error.code(), "message": error.message}
+            except RequestValidationError as error:
+                told = summary_of(blame_all(error.errors(), error.body))
+                status, facts = 422, {"code": CODES[422], "message": told}
+            return await run_in_threadpool(page, request, "error.html", status=status, **facts)
 
         return shown

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
@@ -13,7 +13,8 @@ from starlette.responses import RedirectResponse, Response
 from api.bodies import parse_json
 from api.deps import Context, Ctx
 from api.pages.render import PageRoute, form_of, page
-from api.problems import Blame, blame_all
+from api.problems import Blame, blame_all, shown
+from api.routes.jobs import parse_pairs
 from api.views import AnySpec
 from core.errors import SpecInvalid
 from core.jobs import service
@@ -37,15 +38,28 @@ def upload(request: Request) -> Response:
 
 
 @router.get("/submit")
-def form(request: Request, kind: str = "") -> Response:
-    """Show a kind's example, ready to be changed; ?field=sha256 fills an input in."""
-    known = kinds()
-    name = kind if kind in known else next(iter(known))
-    example = dict(known[name].example)
-    for field in inputs_of(known[name].spec):
-        if field in request.query_params:
-            example[field] = request.query_params[field]
-    return _form(request, name, example, [])
+def form(
+    request: Request,
+    kind: str = "",
+    given: Annotated[list[str] | None, Query(alias="input", description="field:sha256")] = None,
+) -> Response:
+    """Show a kind's example, ready to be changed, the given inputs filled in."""
+    check_kind(kind)
+    name = kind or next(iter(kinds()))
+    filled = parse_pairs(given or [], parameter="input")
+    allowed = inputs_of(kinds()[name].spec).keys()
+    if not filled.keys() <= allowed:
+        told = f"input: {name} reads no {', '.join(sorted(filled.keys() - allowed))}; "
+        told += f"allowed: {', '.join(allowed) or 'none'}"
+        raise SpecInvalid(told, pointer="/query/input")
+    return _form(request, name, {**kinds()[name].example, **filled}, [])
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a name that no kind has; an empty one means any."""
+    if kind and kind not in kinds():
+        told = f"kind: no kind {shown(kind)}; allowed: {', '.join(kinds())}"
+        raise SpecInvalid(told, pointer="/query/kind")
 
 
 @router.post("/submit")

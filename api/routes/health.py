@@ -1,11 +1,12 @@
-"""Whether the process lives, and whether it can take jobs. Open to all: tells no secrets."""
+"""Whether the process lives, and whether it can run jobs. Open to all: tells no secrets."""
 
 import tempfile
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import Context, Ctx
+from api.guard import key_given
 from api.views import Health, Ready, WorkerView
 from core.jobs import pool
 
@@ -13,20 +14,32 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", summary="Alive")
-def healthz() -> Health:
+async def healthz() -> Health:
     """Answer as long as the process does."""
-    return Health()
+    return Health()  # async: waits for no thread, however busy they are
 
 
 @router.get("/readyz", summary="Ready", responses={503: {"model": Ready}})
-def readyz(ctx: Ctx, response: Response) -> Ready:
-    """Ask the database, write to the store, and name the workers."""
+def readyz(request: Request, ctx: Ctx, response: Response) -> Ready:
+    """Ask the database, write to the store, and count the workers.
+
+    200 where database and store are ok and, if this server runs workers of its own, at least one
+    of them is alive; else 503. Names the workers only to who has the key, where one is set.
+    """
     database, workers = _ask_database(ctx)
     store = _try_store(ctx)
-    ok = database == store == "ok"
-    response.status_code = 200 if ok else 503
-    status = "ok" if ok else "unavailable"
-    return Ready(status=status, database=database, store=store, workers=workers)
+    alive = sum(worker.alive for worker in workers)
+    status = "unavailable"
+    if database == store == "ok":
+        status = "ok" if alive or not ctx.embedded else "no_worker"
+    response.status_code = 200 if status == "ok" else 503
+    return Ready(
+        status=status,
+        database=database,
+        store=store,
+        workers_alive=alive,
+        workers=workers if key_given(request.headers, ctx.settings, now=ctx.clock()) else None,
+    )
 
 
 def _ask_database(ctx: Context) -> tuple[str, list[WorkerView]]:

@@ -62,23 +62,38 @@ def list_jobs(
     cursor: Annotated[str | None, Query(description="next_cursor of the page before.")] = None,
 ) -> JobPage:
     """Return a page; follow next_cursor for the rest."""
-    labels = parse_labels(label or [])
+    labels = parse_pairs(label or [], parameter="label")
     with ctx.reading() as session:
-        jobs, following = service.list_jobs(
-            session, limit=limit, cursor=cursor, state=state, kind=kind, name=name, labels=labels
-        )
+        try:
+            jobs, following = service.list_jobs(
+                session,
+                limit=limit,
+                cursor=cursor,
+                state=state,
+                kind=kind,
+                name=name,
+                labels=labels,
+            )
+        except SpecInvalid as error:
+            raise of_query(error) from error
         return JobPage(items=ctx.show(session, jobs), next_cursor=following)
 
 
-def parse_labels(labels: list[str]) -> dict[str, str]:
+def of_query(error: SpecInvalid) -> SpecInvalid:
+    """Blame the query parameter: the core does not know where in the request a value stood."""
+    return SpecInvalid(error.message, pointer=f"/query{error.pointer or '/label'}")
+
+
+def parse_pairs(texts: list[str], *, parameter: str) -> dict[str, str]:
     """Split ``key:value`` texts; the key ends at the first colon."""
     found: dict[str, str] = {}
-    for text in labels:
+    pointer = f"/query/{parameter}"
+    for text in texts:
         key, colon, value = text.partition(":")
         if not (key and colon and value):
-            raise SpecInvalid(f"label: {text!r} is not key:value", pointer="/query/label")
+            raise SpecInvalid(f"{parameter}: {text!r} is not key:value", pointer=pointer)
         if found.setdefault(key, value) != value:
-            raise SpecInvalid(f"label: {key!r} is asked twice", pointer="/query/label")
+            raise SpecInvalid(f"{parameter}: {key!r} is asked twice", pointer=pointer)
     return found
 
 

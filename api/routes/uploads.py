@@ -1,13 +1,14 @@
 """Files on their way in: announced, sent in parts, checked, imported."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
 from api.bodies import StrictRoute
 from api.deps import PROBLEMS, Context, Ctx, body_steps
 from api.routes.artifacts import view_artifact
-from api.views import ArtifactView, UploadAsked, UploadView
+from api.views import ArtifactView, UploadAsked, UploadPage, UploadView
 from core.db.models import Upload
 
 router = APIRouter(
@@ -18,6 +19,7 @@ Offset = Annotated[
     int,
     Header(alias="Upload-Offset", ge=0, le=2**53, description="Must equal received_bytes."),
 ]
+UploadState = Literal["open", "importing", "complete", "failed"]
 RAW_BODY = {
     "requestBody": {
         "required": True,
@@ -32,6 +34,17 @@ def create(asked: UploadAsked, ctx: Ctx, response: Response) -> UploadView:
     upload = ctx.uploads.create(**asked.model_dump())
     response.headers["Location"] = f"/v1/uploads/{upload.id}"
     return show(ctx, upload)
+
+
+@router.get("", summary="List uploads, newest first")
+def list_uploads(
+    ctx: Ctx,
+    state: Annotated[UploadState | None, Query(description="Only uploads in this state.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> UploadPage:
+    """Return the latest uploads; those with state=open can be gone on with, or discarded."""
+    found = ctx.uploads.list(state=state, limit=limit)
+    return UploadPage(items=[show(ctx, upload) for upload in found])
 
 
 def show(ctx: Context, upload: Upload) -> UploadView:
@@ -50,9 +63,18 @@ def get(upload_id: UploadId, ctx: Ctx) -> UploadView:
 
 
 @router.patch("/{upload_id}", summary="Send a part", openapi_extra=RAW_BODY)
-def append(upload_id: UploadId, offset: Offset, request: Request, ctx: Ctx) -> UploadView:
-    """Append raw bytes at Upload-Offset; a wrong offset is a 409 that names the right one."""
-    return show(ctx, ctx.uploads.append(upload_id, offset=offset, stream=body_steps(request)))
+async def append(upload_id: UploadId, offset: Offset, request: Request, ctx: Ctx) -> UploadView:
+    """Append raw bytes at Upload-Offset; a wrong offset is a 409 that names the right one.
+
+    A body that stops coming is a 408, and too many parts at once are a 503; both keep what came:
+    ask for received_bytes and go on there.
+    """
+
+    def work() -> UploadView:
+        upload = ctx.uploads.append(upload_id, offset=offset, stream=body_steps(request))
+        return show(ctx, upload)
+
+    return await ctx.parts.run(work)
 
 
 @router.delete("/{upload_id}", status_code=204, summary="Discard an upload")
@@ -62,12 +84,20 @@ def discard(upload_id: UploadId, ctx: Ctx) -> None:
 
 
 @router.post("/{upload_id}/complete", status_code=201, summary="Check and import a file")
-def complete(upload_id: UploadId, ctx: Ctx, response: Response) -> ArtifactView:
+async def complete(upload_id: UploadId, ctx: Ctx, response: Response) -> ArtifactView:
     """Check size and SHA-256, import in a sandbox, and return the artifact it became.
 
     The artifact's SHA-256 is that of the checked, canonical file. Completing again returns the
-    same artifact. Content that breaks its format is a 422, and the upload is failed.
+    same artifact. Content that breaks its format is a 422, and the upload is failed. Few files are
+    imported at once: the call waits for its turn, and is a 503 where that does not come.
     """
-    artifact = ctx.uploads.complete(upload_id)
-    response.headers["Location"] = f"/v1/artifacts/{artifact.sha256}"
-    return view_artifact(ctx, artifact.sha256)
+
+    def work() -> ArtifactView:
+        return view_artifact(ctx, ctx.uploads.complete(upload_id).sha256)
+
+    upload = await run_in_threadpool(ctx.uploads.get, upload_id)
+    # Only an open upload can be imported; of any other it is said at once how it stands.
+    run = ctx.imports.run if upload.state == "open" else run_in_threadpool
+    view = await run(work)
+    response.headers["Location"] = f"/v1/artifacts/{view.sha256}"
+    return view

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from client.api import Stillroom
 from client.bars import transfers
+from client.inputs import JOB_ID, TEXT
 from client.render import size
 from client.session import FAILED, say, say_json, screen, session
 from client.views import Output
@@ -36,8 +37,8 @@ def file_names(outputs: Iterable[Output]) -> dict[str, str]:
 
 
 @click.command()
-@click.argument("job_id", metavar="JOB")
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("job_id", type=JOB_ID, metavar="JOB")
+@click.argument("names", type=TEXT, metavar="[NAME]...", nargs=-1)
 @click.option(
     "-o",
     "--output-dir",

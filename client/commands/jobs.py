@@ -13,6 +13,7 @@ from rich.table import Table
 from client import render
 from client.api import Stillroom
 from client.bars import job_display
+from client.inputs import JOB_ID, TEXT
 from client.session import (
     EXIT_OF,
     INTERRUPTED,
@@ -24,16 +25,23 @@ from client.session import (
     screen,
     session,
 )
-from client.views import Job, Output, State
+from client.views import Curve, Job, Output, State
 
 HEADINGS = ("job", "state", "kind", "name", "progress", "age", "note")
 
 
 @click.command()
 @click.option("--state", type=click.Choice(get_args(State)))
-@click.option("--kind", help="Only jobs of this kind.")
-@click.option("--name", help="Only jobs of this name.")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option("--kind", type=TEXT, help="Only jobs of this kind.")
+@click.option("--name", type=TEXT, help="Only jobs of this name.")
+@click.option(
+    "--label",
+    "labels",
+    type=TEXT,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="May be repeated.",
+)
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=50, show_default=True)
 def ls(
     state: str | None, kind: str | None, name: str | None, labels: tuple[str, ...], limit: int
@@ -73,7 +81,7 @@ def _table(jobs: Sequence[Job], now: float) -> Table:
 
 
 @click.command()
-@click.argument("job_id", metavar="JOB")
+@click.argument("job_id", type=JOB_ID, metavar="JOB")
 def show(job_id: str) -> None:
     """Show all there is to know about a job."""
     here, console = session(), screen()
@@ -124,7 +132,7 @@ def _say_outputs(outputs: Sequence[Output]) -> None:
         say(f"  {output['name']:<14} {output['file_name']:<22} {about:<30} {output['sha256']}")
 
 
-def _say_curves(curves: Mapping[str, Sequence[tuple[int, float]]], console: Console) -> None:
+def _say_curves(curves: Mapping[str, Curve], console: Console) -> None:
     unicode = "utf" in console.encoding.lower()
     blocks = render.BLOCKS if unicode else render.ASCII_BLOCKS
     if curves:
@@ -132,14 +140,15 @@ def _say_curves(curves: Mapping[str, Sequence[tuple[int, float]]], console: Cons
     for name, points in curves.items():
         values = [value for _, value in points]
         if len(values) == 1:
-            say(f"  {name:<28} {values[0]:.6g}")
+            say(f"  {name:<28} {render.number(values[0], 6)}")
         elif values:
+            ends = f"{render.number(values[0])} -> {render.number(values[-1])}"
             line = render.sparkline(values, width=40, blocks=blocks)
-            say(f"  {name:<28} {line} {values[0]:.4g} -> {values[-1]:.4g}")
+            say(f"  {name:<28} {line} {ends}")
 
 
 @click.command()
-@click.argument("job_id", metavar="JOB")
+@click.argument("job_id", type=JOB_ID, metavar="JOB")
 def watch(job_id: str) -> None:
     """Follow a job until it ends; Ctrl-C leaves it running.
 
@@ -191,7 +200,7 @@ def _say_end(job: Job) -> None:
 
 
 @click.command()
-@click.argument("job_id", metavar="JOB")
+@click.argument("job_id", type=JOB_ID, metavar="JOB")
 def cancel(job_id: str) -> None:
     """Cancel a job."""
     here = session()

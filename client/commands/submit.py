@@ -6,9 +6,10 @@ from typing import Any, TextIO
 
 import click
 
-from client import fields
+from client import fields, strict
 from client.commands.jobs import follow
 from client.errors import StillroomError
+from client.inputs import TEXT
 from client.session import (
     OK,
     Session,
@@ -29,8 +30,12 @@ SHARED_HELP = "Objects and lists: --set training.epochs=5, --set 'list=[1, 2]'. 
 def shared_options() -> list[click.Option]:
     """Return the options every kind has beside its own fields."""
     return [
-        click.Option(["--set", "changes"], multiple=True, metavar="PATH=VALUE", help=SHARED_HELP),
-        click.Option(["--label", "label"], multiple=True, metavar="KEY=VALUE", help="A free tag."),
+        click.Option(
+            ["--set", "changes"], multiple=True, type=TEXT, metavar="PATH=VALUE", help=SHARED_HELP
+        ),
+        click.Option(
+            ["--label", "label"], multiple=True, type=TEXT, metavar="KEY=VALUE", help="A free tag."
+        ),
         click.Option(
             ["--file", "from_file"],
             type=click.File("r", encoding="utf-8"),
@@ -162,7 +167,7 @@ def _epilog(kind: KindView) -> str:
 
 def _read(source: TextIO) -> dict[str, Any]:
     try:
-        spec = json.load(source)
+        spec = strict.loads(source.read())
     except ValueError as error:
         raise click.BadParameter(f"{source.name}: {error}", param_hint="--file") from error
     if not isinstance(spec, dict):
@@ -182,7 +187,12 @@ def _submit(
     for change in changes:
         fields.apply(spec, *fields.read_change(change, schema))
     if label:
-        spec["labels"] = {**spec.get("labels", {}), **labels_of(label)}
+        had = spec.get("labels", {})
+        if not isinstance(had, dict):
+            raise click.BadParameter(
+                "the labels it is added to are no object of texts", param_hint="--label"
+            )
+        spec["labels"] = {**had, **labels_of(label)}
     fields.complete(spec, schema)
     lacking = fields.absent(spec, schema)
     if lacking:

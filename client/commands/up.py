@@ -1,4 +1,4 @@
-"""``still up``: start the service on this machine. The settings stay the server's business."""
+"""``still up``: start the service on this machine. Settings and announcements are the server's."""
 
 import json
 import os
@@ -7,8 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
-
-from client.session import say
 
 HINT = "pip install 'stillroom[worker]'"
 NEEDED = ("api", "fastapi", "uvicorn", "sqlalchemy", "torch")
@@ -70,13 +68,5 @@ def up(
         variables["STILL_THREADS"] = str(threads)
     if api_key is not None:
         variables["STILL_API_KEY"] = api_key
-    _announce(host, port)
     # -P: a folder named api in the current directory is not the server.
     _replace_process([sys.executable, "-P", "-m", "api"], variables)
-
-
-def _announce(host: str | None, port: int | None) -> None:
-    shown = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}
-    url = f"http://{shown.get(host, host)}:{port or 8321}"
-    say(f"dashboard  {url}/")
-    say(f"API docs   {url}/docs")

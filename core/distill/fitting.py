@@ -7,7 +7,8 @@ held-out row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,8 +78,10 @@ class Score:
 def split_rows(queries: Array, *, seed: int, test_fraction: float) -> tuple[Array, Array]:
     """Split rows into training and held-out; equal queries stay on one side.
 
+    Queries are equal where float32, in which everything is computed, does not tell them apart.
+
     Args:
-        queries: [n, d].
+        queries: [n, d] floating.
         seed: of the permutation.
         test_fraction: of the distinct queries, in (0, 1); at least one on each side.
 
@@ -92,7 +95,8 @@ def split_rows(queries: Array, *, seed: int, test_fraction: float) -> tuple[Arra
         raise SpecInvalid(
             f"test_fraction {test_fraction}; allowed: above 0 and below 1", pointer="/test_fraction"
         )
-    _, which = np.unique(queries, axis=0, return_inverse=True)
+    narrow = queries.astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+    _, which = np.unique(narrow, axis=0, return_inverse=True)
     distinct = int(which.max()) + 1
     if distinct < 2:
         raise DataInvalid("query_embeddings: all rows are equal; at least 2 distinct are needed")
@@ -109,6 +113,7 @@ def prepare(
     seed: int,
     test_fraction: float,
     anchor: Anchor = "global",
+    top_k: int = 10,
     compat: Literal["legacy"] | None = None,
 ) -> Prepared:
     """Split, cluster the training targets, and fit the one global rotation.
@@ -130,6 +135,7 @@ def prepare(
         "compat": compat,
         "seed": seed,
         "test_fraction": test_fraction,
+        "top_k": top_k,
     }
     return Prepared(
         queries=queries,
@@ -199,17 +205,20 @@ def score(
     tried_temperatures: Sequence[float],
     *,
     seed: int,
-    top_k: int = 10,
 ) -> list[Score]:
     """Fit on most training rows; judge the blended teacher on the hidden ones, per temperature.
 
     The hidden queries are searched among all training targets.
+
+    Raises:
+        DataInvalid: an answer is no finite vector, so nothing can be said about it.
     """
     rest, hidden = inner(prepared, seed=seed)
     bivectors = torch.stack([_bivector(rest, c, strength) for c in range(rest.clusters)])
     queries = torch.from_numpy(prepared.queries[hidden])
     turned = queries @ torch.from_numpy(rest.anchor).float()
-    rows, similarity = nearest(queries, torch.from_numpy(rest.queries), top_k=top_k)
+    keys = torch.from_numpy(rest.queries)
+    rows, similarity = nearest(queries, keys, top_k=prepared.facts["top_k"])
     neighbours = torch.from_numpy(rest.cluster_of)[rows]
     norms = torch.linalg.matrix_norm(bivectors.double(), ord="fro") * 2**-0.5
     index = Index(prepared.targets)
@@ -218,6 +227,11 @@ def score(
         weights = (similarity / temperature).softmax(dim=1)
         mixture = Mixture.from_topk(neighbours, weights, rest.clusters)
         answers = exp_action(turned, bivectors, mixture, tolerance=1e-5, norms=norms).numpy()
+        if not (np.isfinite(answers).all() and answers.any(axis=1).all()):
+            raise DataInvalid(
+                f"pairs: with strength {strength:g} and temperature {temperature:g} a query's "
+                "answer is zero, NaN or infinite in float32; scale the embeddings"
+            )
         scores.append(
             Score(
                 strength=strength,
@@ -235,8 +249,37 @@ def choose(scores: Sequence[Score]) -> Score:
 
     The log score weighs every hidden query, so it tells settings apart that hit@1 over a few
     hundred queries cannot.
+
+    Raises:
+        DataInvalid: a log score is NaN or infinite; no order holds then.
     """
+    for found in scores:
+        if not math.isfinite(found.log_score):
+            raise DataInvalid(
+                f"scores: the log score of strength {found.strength:g} and temperature "
+                f"{found.temperature:g} is {found.log_score}; needed finite numbers"
+            )
     return max(scores, key=lambda found: (found.log_score, found.strength, found.temperature))
+
+
+def edges(manifest: Mapping[str, Any]) -> list[str]:
+    """Say in words which setting was chosen at the end of what was tried, and may lie beyond.
+
+    Args:
+        manifest: of a model: ``scores``, and the ``strength`` and ``temperature`` in force.
+    """
+    ends = []
+    for name, unbounded in (("strength", STRENGTHS[-1]), ("temperature", None)):
+        tried = sorted({found[name] for found in manifest.get("scores", ())})
+        value = manifest.get(name)
+        if len(tried) < 2 or value not in (tried[0], tried[-1]) or value == unbounded:
+            continue
+        end = "smallest" if value == tried[0] else "largest"
+        ends.append(
+            f"The {name} chosen, {value:.3g}, is the {end} of the {len(tried)} that were tried: "
+            "a better one may lie beyond."
+        )
+    return ends
 
 
 def fit_clusters(prepared: Prepared, start: int, stop: int, *, strength: float) -> Array:
@@ -289,13 +332,19 @@ def fit(  # noqa: PLR0913 - what a job's spec holds, by keyword
 ) -> Federated:
     """Do every step at once: what a job spreads over chunks."""
     prepared = prepare(
-        pairs, clustering, seed=seed, test_fraction=test_fraction, anchor=anchor, compat=compat
+        pairs,
+        clustering,
+        seed=seed,
+        test_fraction=test_fraction,
+        anchor=anchor,
+        top_k=top_k,
+        compat=compat,
     )
     tried = temperatures(prepared, temperature)
     scores = [
         found
         for value in strengths(prepared, strength)
-        for found in score(prepared, value, tried, seed=seed, top_k=top_k)
+        for found in score(prepared, value, tried, seed=seed)
     ]
     best = choose(scores)
     rotations = fit_clusters(prepared, 0, prepared.clusters, strength=best.strength)

@@ -195,6 +195,16 @@ def validation_cosine(student: StudentModule, data: TrainingData) -> float:
     return total / len(data.validation)
 
 
+def remarks(student: StudentModule) -> list[str]:
+    """Return what whoever asked for this student must be told about its training."""
+    if trainable(student):
+        return []
+    return [
+        "Nothing of this student is trained: it is the teacher's own routing and planes. Epochs, "
+        "losses and learning rate had no effect; the one row of the history judges it."
+    ]
+
+
 def trainable(student: StudentModule) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that learn, by name."""
     return {name: value for name, value in student.named_parameters() if value.requires_grad}
@@ -264,12 +274,6 @@ def _step(state: TrainState, batch: list[Examples], rate: float) -> dict[str, fl
     assert state.optimizer is not None
     loss, terms = _loss(state, batch)
     state.optimizer.zero_grad(set_to_none=True)
-    if not loss.requires_grad:
-        raise SpecInvalid(
-            "training.losses: no term of weight above 0 applies to this student; allowed: any of "
-            "geodesic, cvar, retrieval_kl above 0",
-            pointer="/training/losses",
-        )
     loss.backward()
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["share"]
@@ -281,7 +285,11 @@ def _step(state: TrainState, batch: list[Examples], rate: float) -> dict[str, fl
 
 
 def _loss(state: TrainState, batch: list[Examples]) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of a batch, and its terms before their weights."""
+    """Return the loss of a batch, and its terms before their weights.
+
+    Raises:
+        SpecInvalid: every term that weighs something needs a router the student does not have.
+    """
     weights = torch.cat([part.mixture.dense() for part in batch])
     routed = state.student.routed(torch.cat([part.queries for part in batch]), weights)
     seen = Batch(
@@ -291,7 +299,14 @@ def _loss(state: TrainState, batch: list[Examples]) -> tuple[Tensor, dict[str, f
         log_weights=routed.log_weights,
         weights=weights,
     )
-    return total_loss(seen, state.training.losses.model_dump())
+    loss, terms = total_loss(seen, state.training.losses.model_dump())
+    if not terms:
+        raise SpecInvalid(
+            "training.losses: no term of weight above 0 applies to this student; allowed: any of "
+            "geodesic, cvar, retrieval_kl above 0",
+            pointer="/training/losses",
+        )
+    return loss, terms
 
 
 def _average(state: TrainState) -> None:
@@ -316,12 +331,17 @@ def _validate(state: TrainState, data: TrainingData) -> float:
 
 def _judge_untrainable(state: TrainState, data: TrainingData) -> None:
     """Record what a student without trainable parameters is worth, and stop."""
+    means: dict[str, float] = {}
     with torch.no_grad():
-        loss, terms = _loss(state, [_take(data.real, data.validation)])
+        for rows in data.validation.split(state.training.batch_size):
+            loss, terms = _loss(state, [_take(data.real, rows)])
+            for name, value in {"loss": float(loss), **terms}.items():
+                means[name] = means.get(name, 0.0) + value * len(rows) / len(data.validation)
     cosine = _validate(state, data)
     state.epoch += 1
-    row = {"epoch": state.epoch, "loss": float(loss), **terms, "learning_rate": 0.0}
-    state.history.append({**row, "validation_cosine": cosine})
+    state.history.append(
+        {"epoch": state.epoch, **means, "learning_rate": 0.0, "validation_cosine": cosine}
+    )
     state.best_cosine, state.stopped = cosine, True
 
 

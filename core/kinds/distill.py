@@ -40,6 +40,7 @@ class Spec(JobSpec):
 
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Targets where none are given, the chain of epochs, the export."""
+    spec.student.check_width(inputs["model"].meta["dim"])
     if "targets" in inputs:
         _check_targets(spec, inputs["targets"].meta, inputs["model"].sha256)
     rows = inputs["model"].meta["rows"]
@@ -129,9 +130,9 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
 
     teacher = _teacher(spec, chunk)
     data = _training_data(spec, chunk, teacher)
-    before = chunk.outputs("train")
+    before = chunk.latest("train")
     if before:
-        state = TrainState.load(before[-1]["state"].path, device=chunk.device)
+        state = TrainState.load(before["state"].path, device=chunk.device)
     else:
         student = build_student(spec.student, teacher, spec.seed)
         state = TrainState.start(student, spec.training, seed=spec.seed, device=chunk.device)
@@ -152,9 +153,11 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
 def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
     from core.distill.export import export_student
     from core.distill.report import draw_loss
-    from core.distill.training import TrainState
+    from core.distill.training import TrainState, remarks
 
-    state = TrainState.load(chunk.outputs("train")[-1]["state"].path)
+    state = TrainState.load(chunk.latest("train")["state"].path)
+    student = state.result()
+    told = {"history": state.history, "words": remarks(student)}
     facts = {
         "teacher": _teacher_spec(spec, chunk).model_dump(mode="json"),
         "model": chunk.input("model").sha256,
@@ -165,16 +168,15 @@ def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
     }
     folder = chunk.workdir
     chunk.progress(0, 2)
-    files = export_student(state.result(), folder, facts={**facts, "history": state.history})
+    files = export_student(student, folder, facts={**facts, **told})
     chunk.progress(1, 2)
     draw_loss(folder / "loss_curve.png", state.history)
-    training = {**facts, "history": state.history}
     outputs = {
         "student": _made(files.safetensors, "student", facts),
         "student_pt": _made(files.torch, "student_pt", facts),
         "student_onnx": _made(files.onnx, "student_onnx", facts),
         "loss_curve": _made(folder / "loss_curve.png", "picture", {}, "image/png"),
-        "training": write_json(folder / "training.json", training, format_name="training"),
+        "training": write_json(folder / "training.json", {**facts, **told}, format_name="training"),
     }
     return ChunkResult(outputs=outputs)
 

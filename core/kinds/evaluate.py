@@ -50,6 +50,13 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             raise SpecInvalid(
                 f"{name} has {given.meta['dim']} dimensions, the model {dim}", pointer=f"/{name}"
             )
+    if "student" in inputs and inputs["student"].meta["model"] != inputs["model"].sha256:
+        raise SpecInvalid(
+            f"student: distilled from model {inputs['student'].meta['model'][:12]}…, not from "
+            f"{inputs['model'].sha256[:12]}…; it may have been trained on what that one held out. "
+            "Judge it with its own model",
+            pointer="/student",
+        )
     own = inputs["model"].meta["pairs"] == inputs["pairs"].sha256
     most = inputs["model"].meta["held_out"] if own else inputs["pairs"].meta["rows"]
     if most == 0:

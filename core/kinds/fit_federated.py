@@ -40,11 +40,17 @@ class Spec(JobSpec):
         None, gt=0, le=100, description="Of the routing softmax; null: chosen like the strength."
     )
     top_k: int = Field(
-        10, ge=1, le=1024, description="Neighbours a query routes through while choosing."
+        10,
+        ge=1,
+        le=1024,
+        description="Neighbours a query routes through while choosing, kept in the model: a "
+        "teacher that is told no top_k takes the same.",
     )
     test_fraction: float = Field(0.2, gt=0, lt=0.9, description="Of the queries, never fitted on.")
     compat: Literal["legacy"] | None = Field(
-        None, description="'legacy' fits as document 000: centred, without an anchor."
+        None,
+        description="'legacy' fits as document 000: centred, with no anchor whatever 'anchor' "
+        "says; 'identity' is refused beside it.",
     )
 
     @model_validator(mode="after")
@@ -52,6 +58,8 @@ class Spec(JobSpec):
         alone = self.anchor == "none" or self.compat == "legacy"
         if alone and self.strength is not None:
             raise ValueError("strength needs an anchor: leave it null with anchor 'none' or compat")
+        if self.compat == "legacy" and self.anchor == "identity":
+            raise ValueError("compat 'legacy' has no anchor: leave anchor out, or say 'none'")
         return self
 
     def scored(self) -> int:
@@ -99,6 +107,7 @@ def _prepare(spec: Spec, chunk: Chunk) -> ChunkResult:
         seed=spec.seed,
         test_fraction=spec.test_fraction,
         anchor=spec.anchor,
+        top_k=spec.top_k,
         compat=spec.compat,
     )
     path = chunk.workdir / "prepared.safetensors"
@@ -145,7 +154,7 @@ def _score(spec: Spec, chunk: Chunk) -> ChunkResult:
     strength = fitting.strengths(prepared, spec.strength)[chunk.index]
     tried = fitting.temperatures(prepared, spec.temperature)
     chunk.progress(0, 1)
-    scores = fitting.score(prepared, strength, tried, seed=spec.seed, top_k=spec.top_k)
+    scores = fitting.score(prepared, strength, tried, seed=spec.seed)
     found = [vars(score) for score in scores]
     file = write_json(chunk.workdir / "scores.json", found, format_name="scores")
     best = fitting.choose(scores)

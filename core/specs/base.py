@@ -10,7 +10,9 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 REFERENCE = r"^([0-9a-f]{64}|job_[0-9a-hjkmnp-tv-z]{26}/[a-z][a-z0-9_]{0,63})$"
 """An artifact's SHA-256, or ``job_id/output`` for what another job will make."""
 
-Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+LABEL_KEY = re.compile(r"[A-Za-z0-9._/-]{1,63}")
+LabelKey = Annotated[str, StringConstraints(pattern=rf"^{LABEL_KEY.pattern}$")]
+LabelValue = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 
 
 class Closed(BaseModel):
@@ -39,7 +41,7 @@ class JobSpec(Closed):
     name: str | None = Field(None, min_length=1, max_length=200, description="Shown in lists.")
     priority: int = Field(50, ge=0, le=100, description="Higher runs first.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Every random choice derives from it.")
-    labels: dict[Label, Label] = Field(
+    labels: dict[LabelKey, LabelValue] = Field(
         default_factory=dict, max_length=16, description="Free tags to filter by."
     )
 

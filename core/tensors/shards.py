@@ -49,7 +49,11 @@ def load_manifest(path: Path) -> dict[str, Any]:
 
 def _manifest(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     try:
-        found = json.loads((metadata or {}).get("manifest", "{}"), parse_constant=_no_constant)
+        found = json.loads(
+            (metadata or {}).get("manifest", "{}"),
+            parse_constant=_no_constant,
+            object_pairs_hook=_once,
+        )
     except RecursionError as error:
         raise DataInvalid("the manifest in the header nests too deep") from error
     if not isinstance(found, dict):
@@ -60,6 +64,14 @@ def _manifest(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 def _no_constant(name: str) -> None:
     # Python reads NaN and Infinity; JSON has neither and save refuses them.
     raise DataInvalid(f"the manifest in the header holds {name}, which is not JSON")
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python keeps the last of equal keys; another reader may keep the first.
+    found = dict(items)
+    if len(found) < len(items):
+        raise DataInvalid("the manifest in the header names a key twice")
+    return found
 
 
 def pack_text(texts: list[str]) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 JOB = "job_01j8z3k4m5n6p7q8r9s0t1v2wx"
+FAILED, CANCELLED, UNKNOWN = (f"{JOB[:-1]}{last}" for last in "fcz")
 ECHO = {
     "kind": "echo",
     "summary": "Write a text file.",

@@ -1,5 +1,7 @@
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from client.cli import still
 from client.commands import up
 from client.commands.files import file_names, safe_name
 from tests.client.fake import Fault, World
-from tests.client.samples import JOB, job_view
+from tests.client.samples import CANCELLED, FAILED, JOB, UNKNOWN, job_view
 
 Run = Callable[..., Result]
 FAILURE = {"code": "out_of_memory", "message": "32 GiB needed", "retryable": False, "chunk": None}
@@ -49,13 +51,13 @@ def submitted(world: World) -> dict[str, Any]:
         (["ls", "--state", "asleep"], 2),
         (["ls", "--label", "novalue"], 2),
         (["show", JOB], 0),
-        (["show", "job_none"], 1),
+        (["show", UNKNOWN], 1),
         (["show"], 2),
         (["watch", JOB], 0),
-        (["watch", "failed"], 1),
-        (["watch", "cancelled"], 3),
+        (["watch", FAILED], 1),
+        (["watch", CANCELLED], 3),
         (["cancel", JOB], 1),
-        (["get", "job_none"], 1),
+        (["get", UNKNOWN], 1),
         (["get", JOB, "nothing_so_named"], 2),
         (["upload", "no-such-file"], 2),
         (["upload", "."], 1),
@@ -81,8 +83,8 @@ def submitted(world: World) -> dict[str, Any]:
 )
 def test_exit_codes(run: Run, world: World, arguments: list[str], code: int) -> None:
     world.offer("text", b"hello\n")
-    world.jobs["failed"] = job_view(id="failed", state="failed", error=FAILURE)
-    world.jobs["cancelled"] = job_view(id="cancelled", state="cancelled")
+    world.jobs[FAILED] = job_view(id=FAILED, state="failed", error=FAILURE)
+    world.jobs[CANCELLED] = job_view(id=CANCELLED, state="cancelled")
 
     assert run(*arguments).exit_code == code
 
@@ -166,9 +168,107 @@ def test_a_file_is_the_start_and_options_win(run: Run, world: World, tmp_path: P
     assert run("submit", "--file", "-", stdin=path.read_text()).exit_code == 0
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "other"}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", '{"kind": "other"}', "{}", "NaN", "9" * 5000),
+        '{"kind": "echo", "text": "hi", "pitch": NaN}',
+        '{"kind": "echo", "text": "hi", "pitch": -Infinity}',
+        '{"kind": "echo", "text": "hi", "pitch": 1e999}',
+        '{"kind": "echo", "text": "hi", "text": "ho"}',
+        '{"kind": "echo", "text": "\\ud800"}',
+        '{"kind": "echo", "text": "hi", "\\ud800": 1}',
+        '{"kind": "echo", "text": "hi", "echoes": ' + "[" * 500 + "]" * 500 + "}",
+        '{"kind": ' + "[" * 100_000,
+    ],
+)
 def test_a_file_that_is_no_spec_is_told(run: Run, text: str) -> None:
-    assert run("submit", "--file", "-", stdin=text).exit_code == 2
+    result = run("submit", "--file", "-", stdin=text)
+    assert result.exit_code == 2
+    assert "--file" in result.stderr or "kind" in result.stderr
+
+
+STRAY = "\udcff"
+"""What Python makes of the byte 0xff on a command line."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["submit", "echo", "--text", STRAY], "--text"),
+        (["submit", "echo", "--text", "hi", "--name", STRAY], "--name"),
+        (["submit", "echo", "--text", "hi", "--mood", STRAY], "--mood"),
+        (["submit", "echo", "--text", "hi", "--label", f"a={STRAY}"], "--label"),
+        (["submit", "echo", "--set", f"text={STRAY}"], "--set"),
+        (["submit", "echo", "--set", f"{STRAY}=1"], "--set"),
+        (["submit", "echo", "--text", "hi", "--set", "seed=NaN"], "--set"),
+        (["submit", "echo", "--text", "hi", "--set", "seed=1e999"], "--set"),
+        (["submit", "echo", "--text", "hi", "--set", "seed=" + "9" * 5000], "--set"),
+        (["submit", "echo", "--text", "hi", "--set", 'voice={"depth":1,"depth":2}'], "--set"),
+        (["submit", "echo", "--text", "hi", "--set", 'voice={"name":"\\ud800"}'], "--set"),
+        (["submit", "echo", "--text", "hi", "--set", "echoes=" + "[" * 9000], "--set"),
+        (["submit", "echo", "--text", "hi", "--set", "a." * 9000 + "b=1"], "--set"),
+        (["submit", "echo", "--text", "hi", "--pitch", "nan"], "--pitch"),
+        (["submit", "echo", "--text", "hi", "--pitch", "inf"], "--pitch"),
+        (["submit", "echo", "--text", "hi", "--set", "labels=[1]", "--label", "a=b"], "--label"),
+        (["ls", "--name", STRAY], "--name"),
+        (["ls", "--kind", STRAY], "--kind"),
+        (["ls", "--label", f"{STRAY}=b"], "--label"),
+        (["ls", "--url", f"http://{STRAY}"], "--url"),
+        (["ls", "--api-key", STRAY], "--api-key"),
+        (["ls", "--patience", "nan"], "--patience"),
+        (["get", JOB, STRAY], "NAME"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_by_its_option(
+    run: Run, world: World, arguments: list[str], named: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert world.keys == {}
+
+
+@pytest.mark.parametrize("command", ["show", "watch", "cancel", "get"])
+@pytest.mark.parametrize(
+    "job_id",
+    ["", ".", "..", "../kinds", "a\nb", STRAY, "job_none", JOB.upper(), f"{JOB}x", f"{JOB}/text",
+     f"{JOB}?a", f"{JOB}\n", JOB.replace("0", "o")],
+)  # fmt: skip
+def test_what_is_no_job_id_is_told_and_never_sent(
+    run: Run, world: World, command: str, job_id: str
+) -> None:
+    result = run(command, job_id)
+    assert result.exit_code == 2
+    assert "JOB" in result.stderr
+    assert "job_ and 26" in result.stderr or "UTF-8" in result.stderr
+    assert world.seen == []
+
+
+def test_labels_of_a_file_that_are_no_object_are_told(run: Run) -> None:
+    spec = json.dumps({"kind": "echo", "text": "hi", "labels": [1]})
+    result = run("submit", "--file", "-", "--label", "a=b", stdin=spec)
+    assert result.exit_code == 2
+    assert "--label" in result.stderr
+
+
+def test_a_file_whose_name_is_no_text_is_sent_all_the_same(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / f"p{STRAY}.npz"
+    path.write_bytes(b"0123456789")
+    assert run("upload", str(path)).exit_code == 0
+    assert world.uploads["up_0"]["file_name"] == "p?.npz"
+
+
+def test_the_real_command_line_takes_any_bytes(world: World, tmp_path: Path) -> None:
+    for arguments in ([b"show", b"a\xff"], [b"nokind\xff"], [b"upload", b"\xff.npz"],
+                      [b"submit", b"--file", b"\xff"], [b"submit", b"echo", b"--text", b"\xff"],
+                      [b"submit", b"echo", b"--mood", b"\xff"]):  # fmt: skip
+        command = [sys.executable, "-m", "client", "--url", world.url, *arguments]
+        ran = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        assert ran.returncode == 2, ran.stderr
+        assert b"Traceback" not in ran.stderr
 
 
 def test_help_of_a_kind_shows_fields_defaults_and_descriptions(run: Run) -> None:
@@ -225,6 +325,18 @@ def test_show_draws_curves_and_lists_artifacts(run: Run, world: World) -> None:
     assert "4 -> 1" in text
     assert sha256 in text
     assert json.loads(run("show", JOB, "--json").stdout)["metrics"]["loss"][0] == [0, 4.0]
+
+
+def test_show_lives_with_values_that_are_no_numbers(run: Run, world: World) -> None:
+    world.offer("text", b"hello\n")
+    world.metrics = {
+        "one": [[0, None]],
+        "ends": [[0, None], [1, 2.0], [2, None]],
+        "odd": [[0, float("inf")], [1, float("nan")], [2, 1e308], [3, -1e308], [4, 1e308]],
+    }
+    text = run("show", JOB).stdout
+    assert "? -> ?" in text
+    assert "inf -> 1e+308" in text
 
 
 def test_get_checks_and_refuses_to_overwrite(run: Run, world: World, tmp_path: Path) -> None:

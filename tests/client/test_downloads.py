@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from client import ApiError, FileInTheWay, HashMismatch, Stillroom
+from client import ApiError, BadReference, FileInTheWay, HashMismatch, Stillroom
 from client.errors import NoSuchArtifact
 from tests.client.fake import Fault, World
-from tests.client.samples import JOB
+from tests.client.samples import JOB, UNKNOWN
 
 CONTENT = random.Random(0).randbytes(300_000)
 
@@ -116,7 +116,16 @@ def test_an_artifact_is_found_by_job_and_name(
     with pytest.raises(NoSuchArtifact, match="it has: text"):
         client.download(f"{JOB}/other", tmp_path / "o")
     with pytest.raises(ApiError, match="no job"):
-        client.download("job_x/text", tmp_path / "o")
+        client.download(f"{UNKNOWN}/text", tmp_path / "o")
+
+
+@pytest.mark.parametrize("source", ["", "..", "A" * 64, "a" * 63, "../text", "/text", JOB])
+def test_what_is_no_sha256_is_never_asked_for(
+    client: Stillroom, world: World, tmp_path: Path, source: str
+) -> None:
+    with pytest.raises(BadReference):
+        client.download(source, tmp_path / "o")
+    assert world.seen == []
 
 
 def test_an_empty_artifact_is_an_empty_file(

@@ -41,13 +41,17 @@ def test_sizes(count: int, text: str) -> None:
         ([0.0, 7.0], "▁█"),
         ([float("nan"), 0.0, 1.0], "?▁█"),
         ([float("nan")], "?"),
+        ([None], "?"),
+        ([None, 0.0, float("inf"), 1.0], "?▁?█"),
+        ([-1.7e308, 1.7e308], "▁█"),
     ],
 )
-def test_sparklines(values: list[float], line: str) -> None:
+def test_sparklines(values: list[float | None], line: str) -> None:
     assert render.sparkline(values) == line
 
 
 def test_long_curves_are_averaged_into_the_width() -> None:
+    assert render.sparkline([-1.7e308, -1.7e308, 1.7e308, 1.7e308], width=2) == "▁█"
     assert len(render.sparkline([float(n) for n in range(1000)], width=40)) == 40
     assert render.sparkline([0.0, 2.0, 4.0, 6.0], width=2) == "▁█"
 

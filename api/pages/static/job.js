@@ -17,7 +17,7 @@ function lasting(seconds) {
 function showProgress(now) {
   bar.value = now.fraction;
   if (now.total === null) return;
-  const parts = [`${(now.fraction * 100).toFixed(1)} %`, `${now.done.toFixed(1)} of ${now.total} chunks`];
+  const parts = [`${(now.fraction * 100).toFixed(1)} %`, `${Math.floor(now.done * 10) / 10} of ${now.total} chunks`];
   if (now.stage) parts.push(now.stage);
   if (now.eta_s !== null) parts.push(`${lasting(now.eta_s)} left`);
   told.textContent = parts.join(" · ");

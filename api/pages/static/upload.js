@@ -30,7 +30,7 @@ async function hash(file) {
 async function call(method, path, options = {}) {
   const answer = await fetch(path, { method, ...options });
   const body = answer.status === 204 ? null : await answer.json();
-  if (!answer.ok) throw Object.assign(new Error(body.detail), { status: answer.status });
+  if (!answer.ok) throw Object.assign(new Error(body.detail), { status: answer.status, again: body.retryable });
   return body;
 }
 
@@ -46,7 +46,7 @@ async function sendParts(upload, file) {
       });
       failed = 0;
     } catch (error) {
-      if (++failed >= TRIES || (error.status && error.status !== 409 && error.status < 500)) throw error;
+      if (++failed >= TRIES || (error.status && error.status !== 409 && error.status < 500 && !error.again)) throw error;
       await new Promise((done) => setTimeout(done, 500 * 2 ** failed));
       upload = await call("GET", `/v1/uploads/${upload.id}`);
     }
@@ -70,7 +70,7 @@ function showArtifact(artifact) {
   hash.textContent = artifact.sha256;
   const all = JSON.parse(form.dataset.uses);
   for (const [kind, field] of all[artifact.format] || []) {
-    uses.append(link(`Use in ${kind}`, `/submit?kind=${kind}&${field}=${artifact.sha256}`), " ");
+    uses.append(link(`Use in ${kind}`, `/submit?kind=${kind}&input=${field}:${artifact.sha256}`), " ");
   }
   const facts = document.createElement("pre");
   facts.textContent = JSON.stringify(artifact.meta, null, 2);

@@ -17,7 +17,9 @@ from core.tensors.formats import (
     Federated,
     check_embeddings,
     check_temperature,
+    check_texts,
     save_federated,
+    shown,
 )
 from core.tensors.shards import Array
 
@@ -126,13 +128,14 @@ def _cluster_ids(facts: Mapping[str, Any], budget: Budget) -> list[str]:
     if not plain or not found:
         raise DataInvalid("cluster_ids: needed a list of one or more texts or whole numbers")
     ids = [str(item) for item in found]
+    check_texts("cluster_ids", ids)
     if len(ids) > budget.limits.clusters or max(map(len, ids)) > 200:
         raise TooLarge(f"cluster_ids: at most {budget.limits.clusters} ids of 200 characters")
     if len(set(ids)) != len(ids):
         raise DataInvalid("cluster_ids: an id appears twice; make ids unique")
     told = facts.get("num_clusters")
     if told is not None and (not isinstance(told, int | np.integer) or told != len(ids)):
-        raise DataInvalid(f"num_clusters: {str(told)[:20]} beside {len(ids)} cluster_ids")
+        raise DataInvalid(f"num_clusters: {shown(told)} beside {len(ids)} cluster_ids")
     return ids
 
 

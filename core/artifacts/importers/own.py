@@ -24,7 +24,11 @@ def looks_like(head: bytes) -> bool:
 def from_file(
     source: Path, target: Path, *, limits: Limits
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """Read, check and rewrite; return the format, the meta and notes."""
+    """Read, check and rewrite; return the format, the meta and notes.
+
+    Who sends a federated model may claim anything of its ``pairs`` and held-out rows that has the
+    right form; see ``Federated.manifest``.
+    """
     names = check_header(source, limits=limits)
     told = shards.load_manifest(source).get("format")
     if told == "federated_model":

@@ -73,11 +73,17 @@ class ExactRouter(nn.Module):
 
 
 class LearntRouter(nn.Module):
-    """Softmax over clusters of a linear map plus one hidden layer: d - hidden - C."""
+    """Softmax over clusters of a linear map plus one hidden layer: d - hidden - C.
+
+    It sees queries over the length the training queries have on average (root mean square), so
+    that the same data in other units trains the same router.
+    """
 
     def __init__(self, *, dim: int, hidden: int, clusters: int) -> None:
         super().__init__()
         self.config = {"kind": "learnt", "dim": dim, "hidden": hidden, "clusters": clusters}
+        self.length: Tensor
+        self.register_buffer("length", torch.ones(()))
         self.straight = nn.Linear(dim, clusters)
         self.up = nn.Linear(dim, hidden)
         self.down = nn.Linear(hidden, clusters, bias=False)
@@ -92,7 +98,9 @@ class LearntRouter(nn.Module):
             units = functional.normalize(torch.from_numpy(teacher.model.centroids), dim=1)
             router.straight.weight.copy_(START_SHARPNESS * units)
             router.straight.bias.zero_()
-            # Queries have length 1: entries of size 1 give the hidden units inputs of size 1.
+            squares = torch.from_numpy(teacher.model.queries).double().square().sum(1)
+            router.length.copy_(squares.mean().sqrt())
+            # Scaled queries have length 1: entries of size 1 give hidden units inputs of size 1.
             router.up.weight.copy_(torch.randn(hidden, dim, generator=generator))
             router.up.bias.zero_()
             router.down.weight.zero_()
@@ -100,14 +108,16 @@ class LearntRouter(nn.Module):
 
     def log_weights(self, queries: Tensor) -> Tensor:
         """[B, d] -> [B, C] log weights."""
-        hidden = functional.gelu(self.up(queries))
-        logits = self.straight(queries) + self.down(hidden)
+        scaled = queries / self.length
+        hidden = functional.gelu(self.up(scaled))
+        logits = self.straight(scaled) + self.down(hidden)
         return functional.log_softmax(logits, dim=-1)
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Add the weights [B, C] to an ONNX graph."""
-        hidden = graph.op("Gelu", graph.linear(self.up, queries))
+        scaled = graph.op("Div", queries, graph.constant(self.length))
+        hidden = graph.op("Gelu", graph.linear(self.up, scaled))
         logits = graph.op(
-            "Add", graph.linear(self.straight, queries), graph.linear(self.down, hidden)
+            "Add", graph.linear(self.straight, scaled), graph.linear(self.down, hidden)
         )
         return graph.op("Softmax", logits, axis=-1)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule
 from core.distill.teachers._base import BlendingTeacher
-from core.errors import SpecInvalid
 from core.specs.students import Canonical
 
 RADIANS = 1.0
@@ -40,7 +39,7 @@ class CanonicalLayer(nn.Module):
         turned = torch.stack(
             [along * cosine - across * sine, along * sine + across * cosine], dim=-1
         )
-        return torch.cat([turned.view(B, -1), x[:, 2 * self.planes :]], dim=-1)
+        return torch.cat([turned.flatten(1), x[:, 2 * self.planes :]], dim=-1)
 
     def emit(self, graph: Graph, x: str) -> str:
         """Add the layer to an ONNX graph."""
@@ -77,7 +76,7 @@ class CanonicalStudent(StudentModule):
 
     def __init__(self, *, dim: int, n_components: int, layers: int, heads: int) -> None:
         super().__init__()
-        _check(dim, n_components, heads)
+        Canonical(n_components=n_components, layers=layers, heads=heads).check_width(dim)
         self.config = {
             "name": "canonical",
             "dim": dim,
@@ -106,19 +105,6 @@ class CanonicalStudent(StudentModule):
             assert isinstance(layer, CanonicalLayer)
             queries = layer.emit(graph, queries)
         return queries
-
-
-def _check(dim: int, n_components: int, heads: int) -> None:
-    if n_components > dim // 2:
-        raise SpecInvalid(
-            f"student.n_components {n_components}; width {dim} has {dim // 2} planes, "
-            f"allowed: 1 to {dim // 2}",
-            pointer="/student/n_components",
-        )
-    if dim % heads:
-        raise SpecInvalid(
-            f"student.heads {heads} does not divide the width {dim}", pointer="/student/heads"
-        )
 
 
 def build(spec: Canonical, teacher: BlendingTeacher, seed: int) -> CanonicalStudent:

@@ -17,7 +17,7 @@ from core.distill.students._strang import strang_product
 from core.distill.teachers._base import BlendingTeacher
 from core.errors import SpecInvalid
 from core.rotations.planes import PlaneFactors, plane_factors
-from core.specs.students import RotorProduct
+from core.specs.students import ROUTER_HIDDEN, RotorProduct
 
 BLOCK_ROWS = 2048
 """Queries mapped at a time where no gradient is kept."""
@@ -56,6 +56,13 @@ class RotorProductStudent(StudentModule):
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
+        return keep_length(self.product(queries), queries)
+
+    def product(self, queries: Tensor) -> Tensor:
+        """Multiply [B, d] queries by their factors alone, before lengths are put right.
+
+        Every factor is a rotation, so what the lengths are off here is rounding.
+        """
         parts = [
             self._rotate(part, self.router.log_weights(part).exp())
             for part in queries.split(BLOCK_ROWS)
@@ -65,9 +72,10 @@ class RotorProductStudent(StudentModule):
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
         """Map training queries; the exact router takes the teacher's own weights."""
         if isinstance(self.router, ExactRouter):
-            return Routed(self._rotate(queries, weights))
+            return Routed(keep_length(self._rotate(queries, weights), queries))
         log_weights = self.router.log_weights(queries)
-        return Routed(self._rotate(queries, log_weights.exp()), log_weights)
+        turned = self._rotate(queries, log_weights.exp())
+        return Routed(keep_length(turned, queries), log_weights)
 
     def retract(self) -> None:
         """Make the planes' columns orthonormal again, by the QR of their Gram matrix's root."""
@@ -80,8 +88,7 @@ class RotorProductStudent(StudentModule):
         return [self.bases, self.angles] if self.bases.requires_grad else []
 
     def _rotate(self, queries: Tensor, weights: Tensor) -> Tensor:
-        turned = strang_product(queries @ self.anchor, weights, self.bases, self.angles)
-        return keep_length(turned, queries)
+        return strang_product(queries @ self.anchor, weights, self.bases, self.angles)
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Add ``forward`` to an ONNX graph: one Scan over the clusters each way."""
@@ -167,7 +174,7 @@ def build(spec: RotorProduct, teacher: BlendingTeacher, seed: int) -> RotorProdu
     if spec.router == "exact":
         router = ExactRouter.of(teacher)
     else:
-        router = LearntRouter.of(teacher, hidden=spec.router_hidden, seed=seed)
+        router = LearntRouter.of(teacher, hidden=spec.router_hidden or ROUTER_HIDDEN, seed=seed)
     student = RotorProductStudent(
         router, dim=dim, clusters=clusters, planes=planes, train_planes=spec.train_planes
     )

@@ -187,10 +187,15 @@ def two_in_one(toy: Model) -> None:
 
 
 BROKEN: dict[str, tuple[Break, str]] = {
+    "cluster id with a newline": (
+        fact("cluster_ids", ["cluster_0", "cluster_1\n", "cluster_2"]),
+        r"cluster_ids: entry 1 .* U\+000A",
+    ),
+    "temperature huge": (fact("temperature", 1e36), r"temperature: 1e\+36; needed"),
     "temperature zero": (fact("temperature", 0.0), "temperature: 0.0; needed a finite number > 0"),
     "temperature nan": (fact("temperature", float("nan")), "temperature: nan"),
     "temperature infinite": (fact("temperature", float("inf")), "temperature: inf"),
-    "temperature text": (fact("temperature", "warm"), "temperature: warm"),
+    "temperature text": (fact("temperature", "warm"), "temperature: 'warm'"),
     "temperature bool": (fact("temperature", value=True), "temperature: True"),
     "temperature missing": (lambda toy: toy.facts.pop("temperature"), "temperature: missing"),
     "ids missing": (lambda toy: toy.facts.pop("cluster_ids"), "cluster_ids: missing"),

@@ -115,6 +115,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "ids in a column": ({**BOTH, "ids": np.arange(5)[:, None]}, r"ids: int64 of shape \[5, 1\]"),
     "ids not UTF-8": ({**BOTH, "ids": np.array([b"\xff"] * 5)}, "ids: not valid text"),
     "ids half a character": ({**BOTH, "ids": np.array(["\ud800"] * 5)}, "ids: not valid text"),
+    "ids with a control character": (
+        {**BOTH, "ids": np.array(["a", "b\x1b[2J", "c", "d", "e"])},
+        r"ids: entry 1 \('b\\x1b\[2J'\) holds U\+001B",
+    ),
+    "ids with a newline": ({**BOTH, "ids": np.array([*"abcd", "\n!"])}, r"entry 4 .* U\+000A"),
+    "groups of bytes with C1": ({**BOTH, "groups": np.array([b"\xc2\x9b"] * 5)}, r"U\+009B"),
     "groups too many": ({**BOTH, "groups": np.arange(6)}, "groups: 6 entries for 5 rows"),
     "object array": ({**BOTH, "ids": np.array([{}] * 5)}, "ids: an object array .Python objects"),
 }
@@ -137,3 +143,8 @@ def test_a_truncated_npz_is_told_as_such(here: Reader, kept: float) -> None:
 
     with pytest.raises(DataInvalid, match="truncated or damaged"):
         here(data[: int(len(data) * kept)])
+
+
+def test_half_a_character_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(DataInvalid, match=r"groups: entry 0 .* holds U\+D800"):
+        save_pairs(tmp_path / "p", Pairs(list("abcde"), Q, T, groups=["\ud800"] * 5))

@@ -14,7 +14,7 @@ from core.artifacts.store import LocalStore
 from core.db.models import CacheEntry, Chunk, Job
 from core.db.session import insert_new, reading, transaction
 from core.errors import InFlight, SpecInvalid
-from core.jobs import lease, scheduler, service
+from core.jobs import lease, planning, scheduler, service
 from core.jobs.lease import Claim, Stored
 from core.kinds._base import kinds
 from core.kinds.echo import Spec
@@ -99,10 +99,10 @@ def test_a_job_submitted_while_its_upstream_finishes_is_planned(
             {"kind": "cache_targets", "model": f"{fit}/model"}
         )
         with transaction(engine) as session:
-            job_id = service.submit(session, spec, now=clock()).id
+            planning.resolve(session, spec)  # the upstream's state is read, nothing written yet
             submitting.set()
             time.sleep(0.5)
-            return job_id
+            return service.submit(session, spec, now=clock()).id
 
     def finishes() -> None:
         submitting.wait()
@@ -124,10 +124,10 @@ def test_a_job_submitted_while_its_upstream_is_cancelled_does_not_wait(
             {"kind": "cache_targets", "model": f"{fit}/model"}
         )
         with transaction(engine) as session:
-            job_id = service.submit(session, spec, now=clock()).id
+            planning.resolve(session, spec)  # the upstream's state is read, nothing written yet
             submitting.set()
             time.sleep(0.5)
-            return job_id
+            return service.submit(session, spec, now=clock()).id
 
     def cancels() -> None:
         submitting.wait()
