@@ -66,12 +66,6 @@ class InFlight(Conflict):
     retryable = True
 
 
-class Unauthorized(StillroomError):
-    """No key, or a wrong one."""
-
-    status = 401
-
-
 class LeaseLost(StillroomError):
     """Another attempt owns the chunk now; nothing this attempt did may be written."""
 

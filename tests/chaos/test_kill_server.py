@@ -174,6 +174,7 @@ def test_kill_9_of_the_server_changes_no_byte(servers: tuple[Server, Server]) ->
     assert files == wanted
     assert chunks == calm_chunks == calm_attempts
     assert attempts <= chunks + len(MOMENTS), "a kill costs at most one chunk"
+    assert attempts >= chunks + 3, "most kills hit running work"
     assert list((killed.folder / "data" / "scratch").iterdir()) == []
     print(
         f"{len(MOMENTS)} kills, {attempts - chunks} of {chunks} chunks run again, "
