@@ -82,16 +82,17 @@ class Context:
         return views.job_views(jobs, status.describe(session, jobs, now=self.clock()))
 
 
-def get_context(request: Request) -> Context:
+async def get_context(request: Request) -> Context:
     """Return the application's context."""
     context: Context = request.app.state.context
     return context
 
 
+# Dependencies are async: the framework would run others in the common pool, for every request.
 Ctx = Annotated[Context, Depends(get_context)]
 
 
-def known_query(request: Request) -> None:
+async def known_query(request: Request) -> None:
     """Refuse query parameters that the route does not have, and one value given twice."""
     declared = {
         param.alias: param.field_info.annotation

@@ -1,11 +1,13 @@
 """The real application on a temporary data folder; the real Runner is called by hand."""
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -107,6 +109,27 @@ def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:
     assert isinstance(body["retryable"], bool)
     assert all(set(blame) == {"pointer", "detail"} for blame in body["errors"])
     return body
+
+
+def pairs() -> bytes:
+    """A small file of pairs."""
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    arrays = {name: rng.normal(size=(8, 4)) for name in ("query_embeddings", "target_embeddings")}
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def send(client: TestClient, url: str, offset: Any, content: Any) -> Any:
+    headers = {"Content-Type": "application/octet-stream", "Upload-Offset": str(offset)}
+    return client.patch(url, content=content, headers=headers)
+
+
+def upload(client: TestClient, content: bytes) -> str:
+    """Send a file whole and return the URL of its upload."""
+    url: str = client.post("/v1/uploads", json=announce(content)).headers["location"]
+    assert send(client, url, 0, content).status_code == 200
+    return url
 
 
 def announce(content: bytes, file_name: str = "pairs.npz") -> dict[str, Any]:

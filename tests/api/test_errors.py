@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from tests.api.conftest import ECHO, context_of, problem_of
+from tests.api.test_guard import ROUTES
 
 JSON = {"Content-Type": "application/json"}
 
@@ -15,18 +16,28 @@ def echo(**more: Any) -> bytes:
     return json.dumps({**ECHO, **more}).encode()
 
 
+def distil(**training: Any) -> bytes:
+    return json.dumps({"kind": "distill", "model": "a" * 64, "training": training}).encode()
+
+
 @pytest.mark.parametrize(
     ("body", "pointer", "told"),
     [
         (echo(times=0), "/times", "got 0"),
-        (echo(times=10**30), "/times", "10000"),
+        (echo(times=10**30), "/times", "1000"),
         (echo(times=1.5), "/times", "1.5"),
         (echo(times="x" * 500), "/times", "..."),
+        (echo(times="3"), "/times", "got '3'"),
+        (echo(times=True), "/times", "got True"),
+        (echo(times=1.0), "/times", "got 1.0"),
+        (echo(text=7), "/text", "got 7"),
+        (distil(epochs="8"), "/training/epochs", "got '8'"),
+        (distil(losses={"cvar": True}), "/training/losses/cvar", "got True"),
         (echo(text=None), "/text", "None"),
         (echo(text=["a"]), "/text", "['a']"),
         (echo(more=1), "/more", "Extra"),
         (echo(labels={"k": 1}), "/labels/k", "got 1"),
-        (echo(labels={"a/b~c": 1}), "/labels/a~1b~0c", "got 1"),
+        (echo(labels={"a/b": 1}), "/labels/a~1b", "got 1"),
         (echo(kind="nothing"), "/kind", "'echo'"),
         (echo(kind=7), "/kind", "'echo'"),
         (echo(priority=101), "/priority", "100"),
@@ -66,6 +77,8 @@ def test_wrong_spec_names_field_value_and_what_is_allowed(
         b'{"kind": "echo", "labels": {"\\udc00": "x"}, "text": "a"}',
         b"\xef\xbb\xbf{}",
         b"{'kind': 'echo'}",
+        b'{"kind": "echo", "text": "a", "times": 1, "times": 2}',
+        b'{"kind": "echo", "text": "a", "labels": {"k": "1", "k": "1"}}',
         b'{"kind": "echo",}',
     ],
 )
@@ -105,6 +118,7 @@ def test_empty_body_is_422(client: TestClient) -> None:
         ("GET", "/static/%2e%2e/%2e%2e/app.py", 404, "not_found"),
         ("PUT", "/v1/jobs", 405, "method_not_allowed"),
         ("DELETE", "/v1/kinds", 405, "method_not_allowed"),
+        ("POST", "/static/style.css", 405, "method_not_allowed"),
         ("GET", "/v1/jobs/%00", 400, "malformed"),
         ("GET", "/v1/jobs?name=%00", 400, "malformed"),
         ("GET", "/v1/jobs?label=%00:a", 400, "malformed"),
@@ -117,6 +131,54 @@ def test_router_errors_are_problems(
 
     problem_of(answer, status, code)
     assert status != 405 or answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/jobs", "GET, POST"),
+        ("/v1/uploads/x", "DELETE, GET, PATCH"),
+        ("/v1/artifacts/x/content", "GET, HEAD"),
+        ("/submit", "GET, POST"),
+        ("/static/style.css", "GET, HEAD"),
+    ],
+)
+def test_wrong_method_is_told_every_right_one(client: TestClient, path: str, allowed: str) -> None:
+    answer = client.put(path)
+
+    assert answer.headers["allow"] == allowed
+    assert problem_of(answer, 405, "method_not_allowed")["detail"].endswith(f"allowed: {allowed}")
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_refuses_parameters_it_does_not_have(
+    client: TestClient, method: str, path: str
+) -> None:
+    answer = client.request(
+        method, f"{path}?foo=bar", content=b"{}" if method != "GET" else None, headers=JSON
+    )
+
+    assert answer.status_code == 422
+    if method != "HEAD":
+        assert "/query/foo: no such parameter; allowed: " in answer.text
+
+
+@pytest.mark.parametrize(
+    ("query", "pointer", "told"),
+    [
+        ("status=failed", "/query/status", "allowed: cursor, kind, label, limit, name, state"),
+        ("State=failed", "/query/State", "allowed: cursor"),
+        ("limit=1&limit=2", "/query/limit", "more than once"),
+    ],
+)
+def test_strange_parameter_names_itself_and_the_allowed_ones(
+    client: TestClient, query: str, pointer: str, told: str
+) -> None:
+    body = problem_of(client.get(f"/v1/jobs?{query}"), 422, "spec_invalid")
+
+    assert body["errors"][0]["pointer"] == pointer
+    assert told in body["errors"][0]["detail"]
+    assert client.get("/v1/jobs?label=a:b&label=c:d").status_code == 200
 
 
 def test_request_id_is_echoed_or_made(client: TestClient) -> None:

@@ -1,11 +1,13 @@
 import base64
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from starlette.testclient import TestClient
 
-from tests.api.conftest import ECHO, context_of, problem_of
+from core.jobs import pool
+from tests.api.conftest import ECHO, KEY, context_of, pairs, problem_of, upload
 from tests.conftest import Clock
 
 FIELDS = {
@@ -110,10 +112,8 @@ def test_list_is_newest_first_and_pages_meet_without_gap_or_overlap(
         ("name=needle&kind=none", 0),
         ("name=needle&state=failed", 0),
         ("name=need", 0),
-        ('label=a"b:c', 0),
-        ("label=$[0]:c", 0),
-        ("label=%27:c", 0),
         ("label=a.b:c", 0),
+        ("label=a.b:%27", 0),
     ],
 )
 def test_filters(client: TestClient, query: str, found: int) -> None:
@@ -138,9 +138,12 @@ def test_filters(client: TestClient, query: str, found: int) -> None:
         ("label=nocolon", "/query/label"),
         ("label=:x", "/query/label"),
         ("label=a:1&label=a:2", "/query/label"),
-        ("cursor=x", "/cursor"),
-        ("cursor=%ff%fe", "/cursor"),
-        ("cursor=" + "QUFB" * 400, "/cursor"),
+        ('label=a"b:c', "/query/label"),
+        ("label=$[0]:c", "/query/label"),
+        ("label=%27:c", "/query/label"),
+        ("cursor=x", "/query/cursor"),
+        ("cursor=%ff%fe", "/query/cursor"),
+        ("cursor=" + "QUFB" * 400, "/query/cursor"),
     ],
 )
 def test_bad_query_names_the_parameter(client: TestClient, query: str, pointer: str) -> None:
@@ -163,21 +166,62 @@ def test_queued_job_is_cancelled_at_once_and_only_once(client: TestClient) -> No
     problem_of(client.post(f"/v1/jobs/{job_id}/cancel"), 409, "conflict")
 
 
-def test_job_that_reads_another_jobs_output_says_what_it_waits_for(
-    client: TestClient, finish: Callable[[], None]
+def fit(client: TestClient) -> dict[str, Any]:
+    """A queued job that fits a model to uploaded pairs."""
+    artifact = client.post(f"{upload(client, pairs())}/complete").json()
+    answer = client.post("/v1/jobs", json={"kind": "fit_federated", "pairs": artifact["sha256"]})
+    assert answer.status_code == 201, answer.text
+    job: dict[str, Any] = answer.json()
+    assert job["inputs"]["pairs"]["sha256"] == artifact["sha256"]
+    return job
+
+
+def test_job_that_reads_another_jobs_output_says_what_it_waits_for(alone: TestClient) -> None:
+    upstream = fit(alone)["id"]
+    spec = {"kind": "cache_targets", "model": f"{upstream}/model"}
+
+    answer = alone.post("/v1/jobs", json=spec)
+
+    assert answer.status_code == 201, answer.text
+    job = answer.json()
+    assert job["state"] == "waiting"
+    assert job["waits_for"] == f"waits for {upstream}/model"
+    assert job["inputs"] == {"model": {"sha256": None, "job_id": upstream, "output": "model"}}
+    assert (job["progress"]["total"], job["queue_position"]) == (None, None)
+    assert f"waits for {upstream}/model" in alone.get(f"/jobs/{job['id']}").text
+
+    alone.post(f"/v1/jobs/{upstream}/cancel")
+
+    ended = alone.get(f"/v1/jobs/{job['id']}").json()
+    assert (ended["state"], ended["error"]["code"]) == ("failed", "upstream_failed")
+    assert ended["waits_for"] is None
+    body = problem_of(alone.post("/v1/jobs", json=spec), 422, "spec_invalid")
+    assert "cancelled" in body["errors"][0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("output", "told"), [("student", "it makes: "), ("report", "it makes: "), (None, "no job")]
+)
+def test_input_that_will_never_be_made_is_refused(
+    alone: TestClient, output: str | None, told: str
 ) -> None:
-    upstream = client.post("/v1/jobs", json=ECHO).json()["id"]
-    kinds = client.get("/v1/kinds").json()["items"]
-    reader = next((kind for kind in kinds if kind["inputs"]), None)
-    if reader is None:
-        pytest.skip("no kind reads an artifact yet")
-    field = next(iter(reader["inputs"]))
+    named = f"job_{'0' * 26}/model" if output is None else f"{fit(alone)['id']}/{output}"
 
-    answer = client.post("/v1/jobs", json={**reader["example"], field: f"{upstream}/text"})
+    answer = alone.post("/v1/jobs", json={"kind": "cache_targets", "model": named})
 
-    # echo makes a text, which nobody reads: the field is to blame.
     body = problem_of(answer, 422, "spec_invalid")
-    assert body["errors"][0]["pointer"] == f"/{field}"
+    assert body["errors"][0]["pointer"] == "/model"
+    assert told in body["errors"][0]["detail"]
+
+
+def test_input_of_another_format_is_refused(client: TestClient) -> None:
+    upstream = client.post("/v1/jobs", json=ECHO).json()["id"]
+
+    answer = client.post("/v1/jobs", json={"kind": "fit_federated", "pairs": f"{upstream}/text"})
+
+    body = problem_of(answer, 422, "spec_invalid")
+    assert body["errors"][0]["pointer"] == "/pairs"
+    assert "needed: pairs" in body["errors"][0]["detail"]
 
 
 PATHS = [
@@ -225,7 +269,53 @@ def test_health_and_readiness_are_open_and_plain(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     ready = client.get("/readyz")
     assert ready.status_code == 200
-    assert ready.json() == {"status": "ok", "database": "ok", "store": "ok", "workers": []}
+    fine = {"status": "ok", "database": "ok", "store": "ok"}
+    assert ready.json() == {**fine, "workers_alive": 0, "workers": []}
+
+
+def test_readiness_names_the_workers_only_to_who_has_the_key(
+    locked: TestClient, api_clock: Clock
+) -> None:
+    context = context_of(locked)
+    with context.transaction() as session:
+        pool.hello(session, "host-7:4711:cpu", device="cpu", now=api_clock())
+
+    stranger = locked.get("/readyz")
+    known = locked.get("/readyz", headers={"Authorization": f"Bearer {KEY}"})
+
+    assert stranger.status_code == known.status_code == 200
+    assert "host-7" not in stranger.text
+    assert (stranger.json()["workers_alive"], stranger.json()["workers"]) == (1, None)
+    assert known.json()["workers_alive"] == 1
+    assert known.json()["workers"][0]["id"] == "host-7:4711:cpu"
+
+
+def test_server_with_workers_of_its_own_is_ready_once_one_lives(
+    alone: TestClient, api_clock: Clock
+) -> None:
+    context = replace(context_of(alone), embedded=True)
+    alone.app.state.context = context  # type: ignore[attr-defined]
+
+    before = alone.get("/readyz")
+    with context.transaction() as session:
+        pool.hello(session, "w", device="cpu", now=api_clock())
+
+    assert (before.status_code, before.json()["status"]) == (503, "no_worker")
+    assert (alone.get("/readyz").status_code, alone.get("/readyz").json()["status"]) == (200, "ok")
+    api_clock.tick(seconds=60)
+    assert alone.get("/readyz").json()["workers_alive"] == 0
+
+
+def test_health_needs_no_thread(alone: TestClient) -> None:
+    async def take_all() -> None:
+        limiter = to_thread.current_default_thread_limiter()
+        for _ in range(int(limiter.available_tokens)):
+            limiter.acquire_on_behalf_of_nowait(object())
+
+    assert alone.portal is not None
+    alone.portal.call(take_all)
+
+    assert alone.get("/healthz").json() == {"status": "ok"}
 
 
 def test_not_ready_says_what_is_wrong(alone: TestClient) -> None:

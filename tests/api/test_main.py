@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from tests.api.conftest import ECHO
+from api.__main__ import _url
+from tests.api.conftest import ECHO, make_settings
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -31,19 +33,24 @@ def start(folder: Path, **more: str) -> "subprocess.Popen[str]":
     env = {name: value for name, value in inherited.items() if not name.startswith("STILL_")}
     env |= {"STILL_DATA_DIR": str(folder), "STILL_DEVICES": '["cpu"]', **more}
     return subprocess.Popen(
-        [sys.executable, "-m", "api"], cwd=REPOSITORY, env=env, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "api"],
+        cwd=REPOSITORY,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     port = free_port()
-    process = start(tmp_path / "data", STILL_PORT=str(port))
+    process = start(tmp_path / "data", STILL_PORT=str(port), STILL_BODY_IDLE="2")
     url = f"http://127.0.0.1:{port}"
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
         with contextlib.suppress(httpx2.TransportError):
-            if httpx2.get(f"{url}/readyz").json()["workers"]:
+            if httpx2.get(f"{url}/readyz").status_code == 200:
                 break
         time.sleep(0.1)
     yield process, url
@@ -61,7 +68,7 @@ def test_one_command_serves_runs_and_ends_on_sigterm(
     ) as stream:
         assert "event: job.succeeded" in "".join(stream.iter_text())
 
-    waiting = httpx2.post(f"{url}/v1/jobs", json={**ECHO, "times": 10_000}).json()
+    waiting = httpx2.post(f"{url}/v1/jobs", json={**ECHO, "times": 1_000}).json()
     with httpx2.stream(
         "GET", f"{url}/v1/jobs/{waiting['id']}/events", headers={"Accept": "text/event-stream"}
     ) as stream:
@@ -70,17 +77,85 @@ def test_one_command_serves_runs_and_ends_on_sigterm(
         with contextlib.suppress(httpx2.TransportError):
             for _ in stream.iter_text():
                 pass
-    _, log = process.communicate(timeout=20)
+    told, log = process.communicate(timeout=20)
 
     assert process.returncode == 0, log
+    assert told == f"dashboard  {url}/\nAPI docs   {url}/docs\n"
     assert time.monotonic() - began < 10
     assert all(json.loads(line) for line in log.splitlines() if line.startswith("{"))
     assert "Traceback" not in log
 
 
+def slow(url: str, request: str) -> socket.socket:
+    """Begin a request whose body stops after its first byte."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    sender = socket.create_connection((host, int(port)), timeout=30)
+    head = f"{request} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n"
+    sender.sendall(f"{head}Content-Type: application/json\r\nUpload-Offset: 0\r\n\r\n{{".encode())
+    return sender
+
+
+def answer_of(sender: socket.socket) -> tuple[int, str]:
+    with sender, sender.makefile("rb") as answer:
+        whole = answer.read().decode()
+    return int(whole.split(" ", 2)[1]), whole
+
+
+def test_slow_uploads_stop_nobody_and_are_ended(
+    served: tuple["subprocess.Popen[str]", str],
+) -> None:
+    _, url = served
+    about = {"file_name": "x", "size_bytes": 9, "sha256": "a" * 64}
+    uploads = [httpx2.post(f"{url}/v1/uploads", json=about).json()["id"] for _ in range(50)]
+    began = time.monotonic()
+    senders = [slow(url, f"PATCH /v1/uploads/{one}") for one in uploads]
+    senders.append(slow(url, "POST /v1/jobs"))
+
+    for path in ("/healthz", "/readyz", "/v1/jobs", "/"):
+        assert httpx2.get(f"{url}{path}", timeout=5).status_code == 200, path
+    assert time.monotonic() - began < 2
+
+    answers = [answer_of(sender) for sender in senders]
+    assert {status for status, _ in answers} <= {408, 503}
+    assert answers[0][0] == answers[-1][0] == 408
+    assert '"code":"body_stalled"' in answers[0][1]
+    assert '"retryable":true' in answers[0][1]
+    # What came is kept, and the upload goes on from there.
+    assert httpx2.get(f"{url}/v1/uploads/{uploads[0]}").json()["received_bytes"] == 1
+    rest = {"Upload-Offset": "1"}
+    sent = httpx2.patch(f"{url}/v1/uploads/{uploads[0]}", content=b"x" * 8, headers=rest)
+    assert sent.json()["received_bytes"] == 9
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:9"),
+        ("0.0.0.0", "http://127.0.0.1:9"),
+        ("::", "http://[::1]:9"),
+        ("::1", "http://[::1]:9"),
+        ("still.example", "http://still.example:9"),
+    ],
+)
+def test_announced_address_can_be_opened(host: str, shown: str) -> None:
+    assert _url(host, 9) == shown
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        ({"STILL_DEVICES": '["gpu"]'}, "STILL_DEVICES: no device 'gpu'; allowed: cpu, cuda:0"),
+        ({"STILL_LEASE": "soon"}, "STILL_LEASE"),
+        ({"STILL_POLL": "0"}, "STILL_POLL"),
+        ({"STILL_DATABASE_URL": "nope"}, "STILL_DATABASE_URL: not a database URL"),
+        ({"STILL_DATABASE_URL": "postgresql://u:short-secret@h:x/y"}, "STILL_DATABASE_URL: not"),
+        ({"STILL_DATABASE_URL": "mysql://u:short-secret@h/y"}, "allowed: sqlite, postgresql"),
+        ({"STILL_DATABASE_URL": "postgresql+none://u:short-secret@h/y"}, "no driver"),
+        (
+            {"STILL_DATABASE_URL": "postgresql+psycopg://u:short-secret@127.0.0.1:1/y"},
+            "does not open: ",
+        ),
+        ({"STILL_DATABASE_URL": "sqlite:////proc/nothing/x.db"}, "/proc/nothing"),
         ({"STILL_PORT": "x"}, "STILL_PORT"),
         ({"STILL_HOST": "0.0.0.0"}, "STILL_API_KEY"),
         ({"STILL_API_KEY": "short-secret"}, "STILL_API_KEY"),
@@ -93,12 +168,25 @@ def test_bad_settings_are_one_line_and_status_2(
     tmp_path: Path, settings: dict[str, str], told: str
 ) -> None:
     process = start(tmp_path, **{"STILL_PORT": str(free_port()), **settings})
-    _, log = process.communicate(timeout=60)
+    said, log = process.communicate(timeout=60)
 
     assert process.returncode == 2
+    assert said == ""
     assert told in log
     assert log.count("\n") == 1
     assert "short-secret" not in log
+
+
+def test_durations_are_seconds_or_iso_8601(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILL_LEASE", "30")
+    monkeypatch.setenv("STILL_POLL", "0.2")
+    monkeypatch.setenv("STILL_STALL_LIMIT", "PT15M")
+
+    settings = make_settings(tmp_path)
+
+    assert settings.lease == timedelta(seconds=30)
+    assert settings.poll == timedelta(milliseconds=200)
+    assert settings.stall_limit == timedelta(minutes=15)
 
 
 def test_busy_port_is_one_line_and_status_2(tmp_path: Path) -> None:
@@ -106,9 +194,10 @@ def test_busy_port_is_one_line_and_status_2(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         process = start(tmp_path, STILL_PORT=str(taken.getsockname()[1]))
-        _, log = process.communicate(timeout=60)
+        said, log = process.communicate(timeout=60)
 
     assert process.returncode == 2
+    assert said == ""
     assert "in use" in log
     assert log.count("\n") == 1
 

@@ -1,3 +1,4 @@
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -5,9 +6,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.api.conftest import ECHO
+from api.pages.render import chunks
+from tests.api.conftest import ECHO, pairs, upload
 
-PAGES = ["/", "/submit", "/submit?kind=echo", "/submit?kind=<x>", "/upload", "/docs"]
+PAGES = ["/", "/submit", "/submit?kind=echo", "/upload", "/docs"]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 
 
@@ -54,13 +56,13 @@ def test_job_page_shows_progress_artifacts_and_spec(
 
     check_page(answer)
     assert f"/v1/jobs/{done['id']}/artifacts/text/content" in answer.text
-    assert "100.0 %" in answer.text
+    assert "100.0 % · 2 of 2 chunks" in answer.text
     assert "Cancel" not in answer.text
     assert f"/jobs/{done['id']}" in client.get("/?state=succeeded&kind=echo").text
 
 
 def test_hostile_texts_are_shown_not_run(client: TestClient) -> None:
-    spec = {**ECHO, "name": HOSTILE, "text": HOSTILE, "labels": {HOSTILE[:60]: HOSTILE[:60]}}
+    spec = {**ECHO, "name": HOSTILE, "text": HOSTILE, "labels": {"k": HOSTILE[:60]}}
     job_id = client.post("/v1/jobs", json=spec).json()["id"]
 
     for path in ("/", f"/jobs/{job_id}"):
@@ -101,6 +103,8 @@ def test_form_submits_the_spec(client: TestClient) -> None:
         ("[" * 100_000, "nested"),
         ('{"kind": "echo", "text": ""}', "/text"),
         ('{"kind": "echo", "text": "a", "times": NaN}', "NaN"),
+        ('{"kind": "echo", "text": "a", "times": true}', "/times"),
+        ('{"kind": "echo", "text": "a", "text": "b"}', "twice"),
         ('{"kind": ["echo"]}', "/kind"),
         ("[]", "dictionary"),
         ("</textarea><script>alert(1)</script>", "not JSON"),
@@ -122,20 +126,51 @@ def test_form_that_is_not_a_form_is_refused(client: TestClient) -> None:
 
 
 def test_an_input_is_filled_in_from_the_link(client: TestClient) -> None:
-    kinds = client.get("/v1/kinds").json()["items"]
-    reader = next((kind for kind in kinds if kind["inputs"]), None)
-    if reader is None:
-        pytest.skip("no kind reads an artifact yet")
-    field = next(iter(reader["inputs"]))
+    answer = client.get(f"/submit?kind=cache_targets&input=model:{'ab' * 32}")
 
-    answer = client.get(f"/submit?kind={reader['kind']}&{field}={'ab' * 32}")
-
-    assert "ab" * 32 in answer.text
+    check_page(answer)
+    assert f"&#34;model&#34;: &#34;{'ab' * 32}&#34;" in answer.text
 
 
-def test_strange_filters_and_cursors_do_not_break_the_list(client: TestClient) -> None:
-    check_page(client.get("/?state=gone&kind=<b>"))
-    check_page(client.get("/?cursor=x"), 422)
+def test_links_lead_from_an_output_to_the_kinds_that_read_it(alone: TestClient) -> None:
+    artifact = alone.post(f"{upload(alone, pairs())}/complete").json()
+    uses = [tag.get("data-uses") for _, tag in check_page(alone.get("/upload")).found]
+    (found,) = [json.loads(text) for text in uses if text]
+
+    assert ["fit_federated", "pairs"] in found[artifact["format"]]
+    for kind, field in found[artifact["format"]]:
+        check_page(alone.get(f"/submit?kind={kind}&input={field}:{artifact['sha256']}"))
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/?state=gone", "waiting"),
+        ("/?kind=<b>", "allowed: cache_targets"),
+        ("/?cursor=x", "cursor"),
+        ("/?status=failed", "allowed: cursor, kind, state"),
+        ("/submit?kind=<x>", "allowed: cache_targets"),
+        ("/submit?kind=echo&input=model:x", "echo reads no model"),
+        ("/submit?kind=echo&input=x", "key:value"),
+    ],
+)
+def test_mistaken_links_are_told_on_a_page(client: TestClient, path: str, told: str) -> None:
+    answer = client.get(path)
+
+    check_page(answer, 422)
+    assert told in answer.text
+
+
+@pytest.mark.parametrize(
+    ("done", "told"), [(9.0, "9"), (8.5, "8.5"), (8.96, "8.9"), (0.0, "0"), (123456.7, "123456.7")]
+)
+def test_chunks_are_told_without_decimals_when_whole(done: float, told: str) -> None:
+    assert chunks(done) == told
+
+
+def test_filters_of_the_list_may_be_empty(client: TestClient) -> None:
+    check_page(client.get("/?state=&kind="))
+    check_page(client.get("/?state=queued&kind=echo"))
 
 
 def test_reference_tells_every_documented_call(client: TestClient) -> None:

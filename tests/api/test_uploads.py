@@ -1,27 +1,31 @@
+import asyncio
 import hashlib
-import io
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from tests.api.conftest import announce, context_of, problem_of
+from api.deps import Lane
+from api.problems import Busy
+from core.errors import DataInvalid
+from tests.api.conftest import (
+    announce,
+    context_of,
+    make_settings,
+    pairs,
+    problem_of,
+    send,
+    serving,
+    upload,
+)
+from tests.conftest import Clock
 
 BYTES = {"Content-Type": "application/octet-stream"}
-
-
-def pairs() -> bytes:
-    rng = np.random.default_rng(0)
-    file = io.BytesIO()
-    arrays = {name: rng.normal(size=(8, 4)) for name in ("query_embeddings", "target_embeddings")}
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-def send(client: TestClient, url: str, offset: Any, content: Any) -> Any:
-    return client.patch(url, content=content, headers={**BYTES, "Upload-Offset": str(offset)})
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +38,12 @@ def tidy(client: TestClient) -> Iterator[None]:
 def test_file_sent_in_parts_becomes_an_artifact_with_lineage(client: TestClient) -> None:
     content = pairs()
     made = client.post("/v1/uploads", json=announce(content))
-    upload = made.json()
+    opened = made.json()
     url = made.headers["location"]
     assert made.status_code == 201
-    assert upload["state"] == "open"
-    assert (upload["received_bytes"], upload["artifact"], upload["error"]) == (0, None, None)
-    assert upload["part_limit_bytes"] == 64 << 20
+    assert opened["state"] == "open"
+    assert (opened["received_bytes"], opened["artifact"], opened["error"]) == (0, None, None)
+    assert opened["part_limit_bytes"] == 64 << 20
 
     assert send(client, url, 0, content[:100]).json()["received_bytes"] == 100
     assert client.get(url).json()["received_bytes"] == 100
@@ -50,7 +54,7 @@ def test_file_sent_in_parts_becomes_an_artifact_with_lineage(client: TestClient)
     artifact = done.json()
     assert artifact["format"] == "pairs"
     assert artifact["produced_by"] == []
-    named = {"upload_id": upload["id"], "file_name": "pairs.npz", "sha256": upload["sha256"]}
+    named = {"upload_id": opened["id"], "file_name": "pairs.npz", "sha256": opened["sha256"]}
     assert artifact["uploaded_as"] == [named]
     assert client.post(f"{url}/complete").json() == artifact
     assert client.get(f"/v1/artifacts/{artifact['sha256']}").json() == artifact
@@ -116,6 +120,9 @@ def test_discarded_upload_is_gone(client: TestClient) -> None:
         ({"size_bytes": 0}, "/size_bytes"),
         ({"size_bytes": -1}, "/size_bytes"),
         ({"size_bytes": 1.5}, "/size_bytes"),
+        ({"size_bytes": 1.0}, "/size_bytes"),
+        ({"size_bytes": "1"}, "/size_bytes"),
+        ({"size_bytes": True}, "/size_bytes"),
         ({"size_bytes": 10**30}, "/size_bytes"),
         ({"file_name": ""}, "/file_name"),
         ({"file_name": "x" * 256}, "/file_name"),
@@ -175,3 +182,86 @@ def test_too_many_unfinished_uploads_are_413(alone: TestClient) -> None:
         assert alone.post("/v1/uploads", json=announce(b"x")).status_code == 201
 
     problem_of(alone.post("/v1/uploads", json=announce(b"x")), 413, "too_large")
+
+
+def test_uploads_are_listed_newest_first_by_state(alone: TestClient, api_clock: Clock) -> None:
+    made = []
+    for _ in range(3):
+        api_clock.tick(seconds=1)
+        made.append(alone.post("/v1/uploads", json=announce(b"x")).json())
+    send(alone, f"/v1/uploads/{made[0]['id']}", 0, b"x")
+    alone.post(f"/v1/uploads/{made[0]['id']}/complete")
+
+    def listed(query: str) -> list[str]:
+        return [one["id"] for one in alone.get(f"/v1/uploads{query}").json()["items"]]
+
+    newest = [one["id"] for one in reversed(made)]
+    assert listed("") == newest
+    assert listed("?limit=1") == newest[:1]
+    assert listed("?state=open") == newest[:2]
+    assert listed("?state=failed") == newest[2:]
+    assert listed("?state=complete") == []
+    assert alone.get("/v1/uploads?state=open").json()["items"][0] == made[2]
+    for wrong in ("state=gone", "limit=0", "limit=201"):
+        body = problem_of(alone.get(f"/v1/uploads?{wrong}"), 422, "spec_invalid")
+        assert body["errors"][0]["pointer"] == f"/query/{wrong.partition('=')[0]}"
+
+
+def test_a_lane_runs_so_many_at_once_and_turns_away_who_waited_too_long() -> None:
+    running: list[int] = []
+    most: list[int] = []
+
+    def work() -> None:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+
+    async def crowd() -> None:
+        lane = Lane("things", 2, wait_s=60)
+        await asyncio.gather(*(lane.run(work) for _ in range(8)))
+        narrow = Lane("things", 1, wait_s=0.01)
+        first = asyncio.ensure_future(narrow.run(work))
+        await asyncio.sleep(0.005)
+        with pytest.raises(Busy, match="things"):
+            await narrow.run(work)
+        await first
+        await narrow.run(work)  # the place is free again
+
+    asyncio.run(crowd())
+
+    assert max(most) == 2
+    assert len(most) == 10
+
+
+def test_imports_wait_for_their_turn_and_leave_everything_else_alone(
+    tmp_path: Path, api_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slowly(*_: Any, **__: Any) -> None:
+        begun.release()
+        go_on.wait(60)
+        raise DataInvalid("nothing of the sort")
+
+    monkeypatch.setattr("core.jobs.uploads.import_file", slowly)
+    settings = make_settings(tmp_path, imports_at_once=2, import_timeout=0.3)
+    with serving(settings, api_clock) as client, ThreadPoolExecutor(3) as threads:
+        urls = [upload(client, bytes([number])) for number in range(3)]
+        try:
+            first = [threads.submit(client.post, f"{url}/complete") for url in urls[:2]]
+            assert begun.acquire(timeout=30)
+            assert begun.acquire(timeout=30)
+
+            third = client.post(f"{urls[2]}/complete")
+
+            assert problem_of(third, 503, "busy")["retryable"]
+            assert third.headers["retry-after"]
+            assert client.get(urls[2]).json()["state"] == "open"
+            problem_of(client.post(f"{urls[0]}/complete"), 409, "conflict")  # said at once
+            assert not begun.acquire(blocking=False)
+        finally:
+            go_on.set()
+        for answer in first:
+            problem_of(answer.result(60), 422, "data_invalid")
+        problem_of(client.post(f"{urls[2]}/complete"), 422, "data_invalid")
