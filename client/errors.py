@@ -55,6 +55,10 @@ class NotUploadable(StillroomError):
     """The path is nothing that can be sent as one artifact."""
 
 
+class NotSendable(StillroomError):
+    """No request can be made of what was given: text that is no text, an address too long."""
+
+
 class BadReference(StillroomError):
     """What was given as a job's id or a SHA-256 has not the form of one; nothing was sent."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from client.errors import ApiError, StillroomError, Unreachable
+from client.errors import ApiError, NotSendable, StillroomError, Unreachable
 
 AWAY = frozenset({429, 502, 503, 504})
 
@@ -119,6 +119,8 @@ class Wire:
                 yield response
         except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
             raise Unreachable(self.url, error, retryable=False) from error
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise NotSendable(f"this cannot be sent to {self.url}: {error}") from error
         except httpx2.RequestError as error:
             raise Unreachable(self.url, error) from error
 

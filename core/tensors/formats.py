@@ -319,6 +319,7 @@ _FACTS: Mapping[str, tuple[Check, str]] = {
     "anchor": (_one_of("global", "identity", "none"), "global, identity or none"),
     "clustering": (_CLUSTERING, "method, max_clusters, min_cluster_size as a job gives them"),
     "compat": (_one_of("legacy", None), "legacy or null"),
+    "top_k": (_number(1, 1024, int), "a whole number, 1 to 1024"),
     "seed": (_number(0, 2**31 - 1, int), "a whole number, 0 to 2147483647"),
     "test_fraction": (_number(0, 1), "a number, 0 to 1"),
     "strength": (_number(0, 1e300), "a finite number >= 0"),

@@ -38,6 +38,26 @@ def load(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         raise DataInvalid(f"not a readable .safetensors file: {error}") from error
 
 
+def load_rows(path: Path, name: str, start: int, stop: int) -> Array:
+    """Read rows start..stop-1 of one tensor; memory and time are theirs alone.
+
+    Raises:
+        DataInvalid: the file is not safetensors, lacks the tensor, or the tensor those rows.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise DataInvalid(f"{name}: missing; the file holds {', '.join(file.keys())}")
+            tensor = file.get_slice(name)
+            shape = tensor.get_shape()
+            if not shape or not 0 <= start <= stop <= shape[0]:
+                raise DataInvalid(f"{name}: shape {shape}; needed rows {start} to {stop}")
+            rows: Array = tensor[start:stop]
+            return rows
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise DataInvalid(f"not a readable .safetensors file: {error}") from error
+
+
 def load_manifest(path: Path) -> dict[str, Any]:
     """Read the manifest alone, whatever the file's size."""
     try:

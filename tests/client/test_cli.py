@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -265,8 +266,10 @@ def test_the_real_command_line_takes_any_bytes(world: World, tmp_path: Path) -> 
     for arguments in ([b"show", b"a\xff"], [b"nokind\xff"], [b"upload", b"\xff.npz"],
                       [b"submit", b"--file", b"\xff"], [b"submit", b"echo", b"--text", b"\xff"],
                       [b"submit", b"echo", b"--mood", b"\xff"]):  # fmt: skip
-        command = [sys.executable, "-m", "client", "--url", world.url, *arguments]
-        ran = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        command = [sys.executable, "-m", "client", "--url", world.url]
+        ran = subprocess.run(
+            [*map(os.fsencode, command), *arguments], capture_output=True, timeout=60, check=False
+        )
         assert ran.returncode == 2, ran.stderr
         assert b"Traceback" not in ran.stderr
 
@@ -433,7 +436,7 @@ def test_up_becomes_the_server_with_its_settings(monkeypatch: pytest.MonkeyPatch
     )
 
     assert result.exit_code == 0
-    assert "http://127.0.0.1:9000/docs" in result.output
+    assert result.output == ""  # the server says where it is once it listens
     (arguments, variables) = became[0]
     assert arguments[-2:] == ["-m", "api"]
     assert variables == {

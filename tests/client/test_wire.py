@@ -3,6 +3,7 @@ import time
 import pytest
 
 from client import ApiError, Retry, Stillroom, Unreachable
+from client.errors import NotSendable
 from tests.client.conftest import SOON
 from tests.client.fake import Fault, World, serving
 from tests.client.samples import JOB, job_view
@@ -106,6 +107,15 @@ def test_cancel_of_a_finished_job_is_a_conflict(client: Stillroom, world: World)
     with pytest.raises(ApiError) as caught:
         client.cancel(JOB)
     assert caught.value.status == 409
+
+
+def test_what_no_request_can_hold_is_told(client: Stillroom) -> None:
+    with pytest.raises(NotSendable, match="too long"):
+        next(client.list(name="a" * 70_000))
+    with pytest.raises(NotSendable, match="surrogates"):
+        client.submit({"kind": "echo", "text": "\ud800"})
+    with Stillroom("http://..", retry=SOON) as nowhere, pytest.raises(NotSendable):
+        nowhere.kinds()
 
 
 def test_a_restarted_server_is_found_again(world: World) -> None:

@@ -1,7 +1,7 @@
 """A federated model in document 000's layout: NAME.pkl beside a folder of .npz. ``y = q @ W``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 from core.artifacts.importers import restricted_pickle
 from core.artifacts.importers.npy import read_npz
 from core.artifacts.importers.pairs import as_text
-from core.artifacts.importers.rotations import ScaledRotation, split
 from core.artifacts.limits import Budget
 from core.errors import DataInvalid, TooLarge
+from core.rotations.scaled import ScaledRotation, split
 from core.tensors.formats import (
     Federated,
     check_embeddings,
@@ -287,7 +287,8 @@ def _read_clusters(
         arrays = read_npz(
             files[index], wanted=CLUSTER, name=f"cluster {name}", budget=budget
         ).arrays
-        parts.append(split(_matrix(arrays, name, routing.queries.shape[1]), cluster=name))
+        part = split(_matrix(arrays, name, routing.queries.shape[1]), cluster=name)
+        parts.append(replace(part, rotation=part.rotation.astype(np.float32)))
         differing += not _indices_agree(arrays, name, routing, index)
     if differing:
         notes.append(f"indices of {differing} clusters differ from routing_data.npz, which is used")
