@@ -15,9 +15,10 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from api.access import JsonLines
-from api.app import create_app
+from api.app import create_app, open_data
 from api.lock import DataDirBusy, only_server
 from core.db.session import make_engine
+from core.errors import Conflict
 from core.settings import Settings
 
 USAGE_ERROR = 2
@@ -59,7 +60,15 @@ def main() -> int:
         listener = _listen(settings.host, settings.port)
         with only_server(settings.data_dir):  # the application takes the lock for good
             _check_database(settings.url)
-    except (ValidationError, SettingsError, DataDirBusy, DatabaseRefused, OSError) as error:
+            open_data(settings)[0].dispose()
+    except (
+        ValidationError,
+        SettingsError,
+        DataDirBusy,
+        DatabaseRefused,
+        Conflict,
+        OSError,
+    ) as error:
         sys.stderr.write(f"stillroom: {_one_line(error)}\n")
         return USAGE_ERROR
     _set_up_logs()

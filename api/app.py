@@ -85,15 +85,25 @@ def create_app(
     return app
 
 
-def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) -> Context:
-    """Bring the data folder into order and open what the routes use."""
+def open_data(settings: Settings) -> tuple[Engine, LocalStore]:
+    """Open the database, brought up to date, and the store that belongs to it.
+
+    Raises:
+        Conflict: the database belongs to another store.
+    """
     engine = make_engine(settings.url)
     upgrade(engine)
-    if embedded:
-        _release(settings, engine, now=clock())
     store = LocalStore(settings.data_dir)
     with transaction(engine) as session:
         housekeeping.bind_store(session, store.identity())
+    return engine, store
+
+
+def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) -> Context:
+    """Bring the data folder into order and open what the routes use."""
+    engine, store = open_data(settings)
+    if embedded:
+        _release(settings, engine, now=clock())
     limits = Limits(
         memory_bytes=settings.import_memory_bytes,
         wall_seconds=settings.import_timeout.total_seconds(),

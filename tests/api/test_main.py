@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from api.__main__ import _url
+from api.app import open_data
 from tests.api.conftest import ECHO, make_settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -223,3 +224,15 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
+
+
+def test_a_database_of_another_data_folder_is_refused_in_one_line(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    open_data(make_settings(mine))[0].dispose()
+
+    with start(other, STILL_DATABASE_URL=f"sqlite:///{mine / 'stillroom.db'}") as process:
+        said = process.communicate(timeout=60)[1]
+
+    assert process.returncode == 2
+    assert "set STILL_DATA_DIR" in said
+    assert len(said.splitlines()) == 1
