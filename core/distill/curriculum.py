@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from core.distill.routing import nearest
 from core.distill.teachers._base import BlendingTeacher
@@ -46,21 +47,23 @@ class TrainingData:
 
     teacher: BlendingTeacher
     real: Examples
-    """[n]: all training queries, each left out of its own routing."""
+    """[n]: all training queries, none routed through itself or its duplicates."""
     train: Tensor
     """[t] int64 rows of ``real``."""
     validation: Tensor
-    """[v] int64 rows of ``real``, never trained on nor mixed from."""
+    """[v] int64 rows of ``real``, never trained on nor mixed from; nor are their duplicates."""
     neighbours: Tensor
-    """[n, k] int64: nearest training rows among ``train``."""
+    """[n, k] int64: rows among ``train`` of the nearest other queries, one row for each."""
+    same: Tensor
+    """[n] int64: the first row of ``real`` with the same query; what a row must exclude."""
 
     def made(
         self, count: int, generator: torch.Generator, on_block: Callable[[], None]
     ) -> Examples:
         """Make queries by SLERP between neighbours plus tangent noise, and ask the teacher.
 
-        A made query may not route through its two parents, as a real one not through itself:
-        otherwise the student would learn a teacher that has always seen the query.
+        A made query may not route through its two parents or their duplicates, as a real one not
+        through itself: otherwise the student would learn a teacher that has always seen it.
 
         Args:
             count: how many.
@@ -70,7 +73,8 @@ class TrainingData:
         parents = self._parents(count, generator)
         device = self.real.queries.device
         queries = self._between(parents, generator).to(device)
-        exclude = parents.to(device)
+        first = parents[:, 0].to(device)
+        exclude = self.same[parents.to(device)]
         vectors, mixtures = [], []
         for start in range(0, count, MADE_ROWS):
             on_block()
@@ -82,7 +86,7 @@ class TrainingData:
             queries=queries,
             teacher=torch.cat(vectors),
             mixture=concatenate(mixtures),
-            candidates=self.real.candidates[exclude[:, 0]],
+            candidates=self.real.candidates[first],
         )
 
     def _parents(self, count: int, generator: torch.Generator) -> Tensor:
@@ -108,13 +112,13 @@ def training_data(
 
     Args:
         teacher: who answers made queries.
-        targets: [n, d], the teacher's answers to its model's training queries, each left out of
-            its own routing.
-        training: for ``validation_fraction``.
-        seed: of the split.
+        targets: [n, d], the teacher's answers to its model's training queries, none routed through
+            itself or its duplicates.
+        training: for ``validation_fraction``, of the distinct queries.
+        seed: of the split; equal queries stay on one side.
 
     Raises:
-        DataInvalid: the targets are not one per training query, or there are too few rows.
+        DataInvalid: the targets are not one per training query, or too few queries differ.
     """
     model, device = teacher.model, teacher.bivectors.device
     answers = targets if isinstance(targets, Tensor) else torch.from_numpy(targets)
@@ -123,22 +127,26 @@ def training_data(
             f"targets: shape {list(answers.shape)}; needed {list(model.queries.shape)}, one per "
             "training query of the model"
         )
-    n = len(model.queries)
-    if n < 4:
-        raise DataInvalid(f"the model has {n} training queries; at least 4 are needed to train")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    held = min(max(1, round(training.validation_fraction * n)), n - 2)
-    validation, train = order[:held].sort().values, order[held:].sort().values
+    same = torch.from_numpy(teacher.own_rows(model.queries))
+    firsts, which = same.unique(return_inverse=True)  # a row per distinct query; its number
+    if len(firsts) < 4:
+        raise DataInvalid(
+            f"the model has {len(firsts)} distinct training queries; at least 4 are needed to train"
+        )
+    order = torch.randperm(len(firsts), generator=torch.Generator().manual_seed(seed))
+    held = min(max(1, round(training.validation_fraction * len(firsts))), len(firsts) - 2)
+    hidden = torch.zeros(len(firsts), dtype=torch.bool)
+    hidden[order[:held]] = True
+    shown = firsts[~hidden]
     queries = torch.from_numpy(model.queries).to(device)
-    own = torch.arange(n, device=device)
-    mixture = teacher.mixture(queries, exclude_rows=own)
-    position = torch.full((n,), -1)
-    position[train] = torch.arange(len(train))
+    mixture = teacher.mixture(queries, exclude_rows=same)
+    position = torch.full((len(firsts),), -1)
+    position[~hidden] = torch.arange(len(shown))
     at, _ = nearest(
         queries,
-        queries[train],
-        top_k=min(NEIGHBOURS, len(train) - 1),
-        exclude_rows=position.to(device),
+        queries[shown.to(device)],
+        top_k=min(NEIGHBOURS, len(shown) - 1),
+        exclude_rows=position[which].to(device),
     )
     real = Examples(
         queries=queries,
@@ -151,14 +159,18 @@ def training_data(
     return TrainingData(
         teacher=teacher,
         real=real,
-        train=train.to(device),
-        validation=validation.to(device),
-        neighbours=train.to(device)[at],
+        train=(~hidden[which]).nonzero().flatten().to(device),
+        validation=hidden[which].nonzero().flatten().to(device),
+        neighbours=shown.to(device)[at],
+        same=same.to(device),
     )
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     """Interpolate along the great circle from a to b; lengths interpolate geometrically.
+
+    Opposite directions lie on many great circles: the one towards the coordinate axis that a is
+    farthest from is taken.
 
     Args:
         a: [n, d], no zero rows.
@@ -168,10 +180,14 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     length_a, length_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
     x, y = a / length_a, b / length_b
     angle = 2 * torch.atan2((x - y).norm(dim=1, keepdim=True), (x + y).norm(dim=1, keepdim=True))
-    sine = angle.sin()
-    arc = (((1 - share) * angle).sin() * x + (share * angle).sin() * y) / sine.clamp(min=1e-4)
-    direction = torch.where(sine < 1e-4, torch.lerp(x, y, share), arc)
-    direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    across = y - (x * y).sum(dim=1, keepdim=True) * x
+    size = across.norm(dim=1, keepdim=True)
+    axis = functional.one_hot(x.abs().argmin(dim=1), x.shape[1]).to(x.dtype)
+    other = axis - (x * axis).sum(dim=1, keepdim=True) * x
+    across = torch.where(size > 1e-6, across, other)
+    across = across / across.norm(dim=1, keepdim=True)
+    direction = (share * angle).cos() * x + (share * angle).sin() * across
+    direction = direction / direction.norm(dim=1, keepdim=True)
     between: Tensor = direction * length_a ** (1 - share) * length_b**share
     return between
 

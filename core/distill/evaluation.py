@@ -46,6 +46,7 @@ class Row:
     hits: dict[int, float]
     """Share of queries whose own target is among the nearest k."""
     versus_raw: dict[int, Interval]
+    versus_global: dict[int, Interval]
     versus_teacher: dict[int, Interval]
     cosine_mean: float
     """To the exact teacher, as all three."""
@@ -81,7 +82,7 @@ class Evaluation:
         """Return plain JSON values."""
         whole = asdict(self)
         for row in whole["rows"]:
-            for key in ("hits", "versus_raw", "versus_teacher"):
+            for key in ("hits", "versus_raw", "versus_global", "versus_teacher"):
                 row[key] = {str(k): value for k, value in row[key].items()}
         return whole
 
@@ -106,7 +107,7 @@ def held_out(pairs: Pairs, model: Federated) -> tuple[Array, int]:
             f"held_out_rows: names row {rows.max()}; the pairs have {len(pairs.queries)} rows. "
             "Give the pairs the model was fitted on"
         )
-    _, first = np.unique(pairs.queries[rows], axis=0, return_index=True)
+    _, first = np.unique(_plain(pairs.queries[rows]), axis=0, return_index=True)
     kept = rows[np.sort(first)]
     return kept, len(rows) - len(kept)
 
@@ -117,12 +118,18 @@ def unseen(pairs: Pairs, model: Federated) -> tuple[Array, int]:
     Returns:
         Rows of ``pairs`` (int64, ascending) and how many were dropped.
     """
-    queries = pairs.queries.astype(np.float32)
+    queries = _plain(pairs.queries)
     _, first = np.unique(queries, axis=0, return_index=True)
     known = own_rows(model.queries, queries)[:, 0] >= 0
     rows = np.sort(first)
     rows = rows[~known[rows]]
     return rows, len(queries) - len(rows)
+
+
+def _plain(queries: Array) -> Array:
+    """Narrow to float32, -0.0 as 0.0: what tells queries apart."""
+    plain: Array = queries.astype(np.float32) + np.float32(0)
+    return plain
 
 
 def baseline_maps(teacher: BlendingTeacher, *, anchor: Array | None = None) -> dict[str, Map]:
@@ -175,7 +182,13 @@ def student_vectors(student: StudentModule, queries: Array, *, device: str = "cp
 
 
 def evaluate(
-    outputs: Mapping[str, Array], targets: Array, rows: Array, *, seed: int, dropped: int = 0
+    outputs: Mapping[str, Array],
+    targets: Array,
+    rows: Array,
+    *,
+    seed: int,
+    dropped: int = 0,
+    remarks: Sequence[str] = (),
 ) -> Evaluation:
     """Judge every set of vectors against the truth and the exact teacher.
 
@@ -185,19 +198,32 @@ def evaluate(
         rows: [Q] int64, each query's own target.
         seed: of the bootstrap.
         dropped: repeats left out before, told in the result.
+        remarks: sentences that join the findings (how model and student were made).
     """
     index = Index(targets)
     ranks = {name: index.ranks(vectors, rows) for name, vectors in outputs.items()}
-    picks = np.random.default_rng(seed).integers(len(rows), size=(DRAWS, len(rows)))
-    judge = _Judge(outputs, index, ranks, picks)
+    judge = _Judge(outputs, index, ranks, seed)
     found = [judge.row(name) for name in outputs]
     return Evaluation(
         rows=found,
         queries=len(rows),
         targets=len(index.targets),
         dropped=dropped,
-        words=_words({row.name: row for row in found}, list(outputs)),
+        words=[*_words({row.name: row for row in found}, list(outputs)), *remarks],
     )
+
+
+def paired_interval(wins: Array, *, seed: int) -> Interval:
+    """Bootstrap the mean of paired differences: [Q] int64, each -1, 0 or 1.
+
+    A resample of Q queries matters only by how many of each it holds, and those counts are
+    multinomial: drawn as such, Q costs nothing.
+    """
+    total = len(wins)
+    shares = np.bincount(wins + 1, minlength=3) / total
+    counts = np.random.default_rng(seed).multinomial(total, shares, size=DRAWS)  # [DRAWS, 3]
+    low, high = np.percentile((counts[:, 2] - counts[:, 0]) / total, [2.5, 97.5])
+    return Interval(float(wins.mean()), float(low), float(high))
 
 
 def throughput(function: Map, queries: Tensor, *, seconds: float = 1.0) -> float:
@@ -227,8 +253,7 @@ class _Judge:
     outputs: Mapping[str, Array]
     index: Index
     ranks: Mapping[str, Array]
-    picks: Array
-    """[DRAWS, Q] resampled queries, the same for every row: differences are paired."""
+    seed: int
 
     def row(self, name: str) -> Row:
         vectors, teacher = self.outputs[name], self.outputs[TEACHER]
@@ -241,6 +266,7 @@ class _Judge:
             name=name,
             hits={k: float((self.ranks[name] < k).mean()) for k in HITS},
             versus_raw={k: self._interval(name, RAW, k) for k in HITS},
+            versus_global={k: self._interval(name, GLOBAL, k) for k in HITS},
             versus_teacher={k: self._interval(name, TEACHER, k) for k in HITS},
             cosine_mean=float(cosines.mean()),
             cosine_p5=float(np.percentile(cosines, 5)),
@@ -251,9 +277,8 @@ class _Judge:
         )
 
     def _interval(self, name: str, against: str, k: int) -> Interval:
-        wins = (self.ranks[name] < k).astype(np.float64) - (self.ranks[against] < k)
-        low, high = np.percentile(wins[self.picks].mean(axis=1), [2.5, 97.5])
-        return Interval(float(wins.mean()), float(low), float(high))
+        wins = (self.ranks[name] < k).astype(np.int64) - (self.ranks[against] < k)
+        return paired_interval(wins, seed=self.seed)
 
     def _gap(self, cosine: float) -> float | None:
         start = float(row_cosines(self.outputs[GLOBAL], self.outputs[TEACHER]).mean())
@@ -282,7 +307,7 @@ def _nlerp(matrices: Tensor, queries: Tensor, weights: Tensor) -> Tensor:
 
 
 def _words(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
-    teacher, one = rows[TEACHER], rows[GLOBAL]
+    teacher = rows[TEACHER]
     gain = teacher.versus_raw[1]
     span = f"{_points(gain.difference)} points of hit@1 {_between(gain)}"
     if gain.low > 0:
@@ -292,11 +317,7 @@ def _words(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
             f"Warning: the teacher does not beat the raw queries: {span}. A student of it is "
             "worth no more than no student."
         ]
-    if teacher.hits[1] < one.hits[1]:
-        words.append(
-            f"Warning: one global rotation finds more ({one.hits[1]:.4f}) than the teacher "
-            f"({teacher.hits[1]:.4f})."
-        )
+    words.append(_global_words(teacher.versus_global[1]))
     for name in names:
         if name in (RAW, GLOBAL, TOP1, NLERP, TEACHER):
             continue
@@ -307,6 +328,17 @@ def _words(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
             f"differs by {_points(lost.difference)} points {_between(lost)}."
         )
     return words
+
+
+def _global_words(gain: Interval) -> str:
+    span = f"{_points(gain.difference)} points of hit@1 {_between(gain)}"
+    if gain.low > 0:
+        return f"The teacher beats one global rotation by {span}."
+    if gain.high < 0:
+        return f"Warning: one global rotation finds more than the teacher: {span}."
+    if gain.difference == 0:
+        return f"The teacher finds as much as one global rotation: {span}."
+    return f"Teacher and one global rotation differ by {span}: within chance."
 
 
 def _gap_words(row: Row) -> str:

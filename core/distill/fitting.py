@@ -7,8 +7,7 @@ held-out row.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.distill.choosing import STRENGTHS, TEMPERATURES, Score, choose
 from core.distill.clustering import centroids, cluster
 from core.distill.retrieval import Index
 from core.distill.routing import nearest
+from core.distill.teachers.rotational import TOP_K
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.action import exp_action
 from core.rotations.logarithm import rotation_log
@@ -30,10 +31,6 @@ from core.tensors.shards import Array
 
 Anchor = Literal["global", "identity", "none"]
 
-STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 1e6)
-"""Tried where none is given, in pairs that agree with the anchor; the last is the anchor itself."""
-TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
-"""Tried where none is given, times the mean squared length of a training query."""
 GLOBAL_STRENGTH = 1.0
 """Pairs by which the one global rotation is anchored to the identity."""
 
@@ -60,19 +57,6 @@ class Prepared:
     """[h] int64."""
     facts: dict[str, Any]
     """For the manifest: how it was prepared."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well one strength and temperature answers the inner held-out queries."""
-
-    strength: float
-    temperature: float
-    log_score: float
-    """Mean log probability of the right target, in nats; see ``Index.log_score``."""
-    hit1: float
-    cosine: float
-    """Mean cosine to the right target."""
 
 
 def split_rows(queries: Array, *, seed: int, test_fraction: float) -> tuple[Array, Array]:
@@ -113,7 +97,7 @@ def prepare(
     seed: int,
     test_fraction: float,
     anchor: Anchor = "global",
-    top_k: int = 10,
+    top_k: int = TOP_K,
     compat: Literal["legacy"] | None = None,
 ) -> Prepared:
     """Split, cluster the training targets, and fit the one global rotation.
@@ -244,44 +228,6 @@ def score(
     return scores
 
 
-def choose(scores: Sequence[Score]) -> Score:
-    """Pick the best log score; among equals the strongest anchor.
-
-    The log score weighs every hidden query, so it tells settings apart that hit@1 over a few
-    hundred queries cannot.
-
-    Raises:
-        DataInvalid: a log score is NaN or infinite; no order holds then.
-    """
-    for found in scores:
-        if not math.isfinite(found.log_score):
-            raise DataInvalid(
-                f"scores: the log score of strength {found.strength:g} and temperature "
-                f"{found.temperature:g} is {found.log_score}; needed finite numbers"
-            )
-    return max(scores, key=lambda found: (found.log_score, found.strength, found.temperature))
-
-
-def edges(manifest: Mapping[str, Any]) -> list[str]:
-    """Say in words which setting was chosen at the end of what was tried, and may lie beyond.
-
-    Args:
-        manifest: of a model: ``scores``, and the ``strength`` and ``temperature`` in force.
-    """
-    ends = []
-    for name, unbounded in (("strength", STRENGTHS[-1]), ("temperature", None)):
-        tried = sorted({found[name] for found in manifest.get("scores", ())})
-        value = manifest.get(name)
-        if len(tried) < 2 or value not in (tried[0], tried[-1]) or value == unbounded:
-            continue
-        end = "smallest" if value == tried[0] else "largest"
-        ends.append(
-            f"The {name} chosen, {value:.3g}, is the {end} of the {len(tried)} that were tried: "
-            "a better one may lie beyond."
-        )
-    return ends
-
-
 def fit_clusters(prepared: Prepared, start: int, stop: int, *, strength: float) -> Array:
     """Fit the rotations of clusters start..stop-1: [stop - start, d, d] float32, det +1."""
     fitted = [_rotation(prepared, c, strength) for c in range(start, stop)]
@@ -327,7 +273,7 @@ def fit(  # noqa: PLR0913 - what a job's spec holds, by keyword
     anchor: Anchor = "global",
     strength: float | None = None,
     temperature: float | None = None,
-    top_k: int = 10,
+    top_k: int = TOP_K,
     compat: Literal["legacy"] | None = None,
 ) -> Federated:
     """Do every step at once: what a job spreads over chunks."""

@@ -14,8 +14,8 @@ from core.distill.evaluation import Evaluation, Row
 
 INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
 HEADER = (
-    "| | hit@1 | hit@5 | hit@10 | hit@1 - raw (95 %) | hit@1 - teacher (95 %) | cosine | p5 | min "
-    "| overlap@10 | gap closed | norm drift |"
+    "| | hit@1 | hit@5 | hit@10 | hit@1 - raw (95 %) | hit@1 - global (95 %) "
+    "| hit@1 - teacher (95 %) | cosine | p5 | min | overlap@10 | gap closed | norm drift |"
 )
 
 
@@ -150,7 +150,7 @@ def _line(row: Row) -> str:
         *(f"{row.hits[k]:.4f}" for k in row.hits),
         *(
             f"{100 * span.difference:+.2f} ({100 * span.low:+.2f} to {100 * span.high:+.2f})"
-            for span in (row.versus_raw[1], row.versus_teacher[1])
+            for span in (row.versus_raw[1], row.versus_global[1], row.versus_teacher[1])
         ),
         *(f"{value:.5f}" for value in (row.cosine_mean, row.cosine_p5, row.cosine_min)),
         f"{row.overlap:.4f}",

@@ -385,11 +385,8 @@ def _optimizer(student: StudentModule, training: Training) -> torch.optim.AdamW 
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
+    inside = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in inside.items()}
 
 
 def _restore(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:

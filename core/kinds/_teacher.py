@@ -29,7 +29,10 @@ _kept: dict[tuple[str, str, str], BlendingTeacher] = {}
 def bivector_block(
     chunk: Chunk, model: Federated, spec: Teacher, start: int, stop: int
 ) -> Produced:
-    """Return the file with the logarithms of clusters start..stop-1, from the cache or new."""
+    """Return the file with the logarithms (and their norms) of clusters start..stop-1.
+
+    From the cache or new.
+    """
     from core.distill.teachers.rotational import bivector_block as compute
     from core.distill.teachers.rotational import bivector_key
     from core.tensors import shards
@@ -40,7 +43,9 @@ def bivector_block(
         return found
     path = chunk.workdir / f"bivectors-{start}-{stop}.safetensors"
     manifest = {"format": "bivectors", "version": 1, "start": start, "stop": stop}
-    shards.save(path, {"bivectors": compute(model, spec, start, stop).numpy()}, manifest)
+    made = compute(model, spec, start, stop)
+    tensors = {"bivectors": made.values.numpy(), "norms": made.norms.numpy()}
+    shards.save(path, tensors, manifest)
     meta = {"start": start, "stop": stop, "dim": model.rotations.shape[1]}
     return Produced(path, "bivectors", path.name, meta=meta, cache_key=key)
 
@@ -55,25 +60,30 @@ def load_teacher(chunk: Chunk, sha256: str, spec: Teacher) -> BlendingTeacher:
 
 
 def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> BlendingTeacher:
-    import numpy as np
+    import torch
 
-    from core.distill.teachers._base import teachers
+    from core.distill.teachers._base import Bivectors, teachers
     from core.tensors import shards
     from core.tensors.formats import load_federated
 
     model = load_federated(model_path)
-    parts = []
-    for start, stop in blocks(len(model.rotations), CLUSTERS_PER_BLOCK):
-        chunk.progress(0, 1)
-        block = bivector_block(chunk, model, spec, start, stop)
-        parts.append(shards.load(block.path)[0]["bivectors"])
-    return teachers()[spec.name].build(model, spec, chunk.device, np.concatenate(parts))
+    clusters, d, _ = model.rotations.shape
+    values = torch.empty(clusters, d, d, dtype=getattr(torch, spec.dtype))
+    norms = torch.empty(clusters, dtype=torch.float64)
+    for start, stop in blocks(clusters, CLUSTERS_PER_BLOCK):
+        chunk.progress(start, clusters)
+        tensors, _ = shards.load(bivector_block(chunk, model, spec, start, stop).path)
+        values[start:stop] = torch.from_numpy(tensors["bivectors"])
+        norms[start:stop] = torch.from_numpy(tensors["norms"])
+    return teachers()[spec.name].build(model, spec, chunk.device, Bivectors(values, norms))
 
 
 def target_block(
     chunk: Chunk, teacher: BlendingTeacher, queries: Array
 ) -> tuple[Produced, list[Metric]]:
     """Return the file with the targets of some queries, from the cache or new, and its speed.
+
+    Scratch memory: three times the targets, beside the teacher's own for ROWS_PER_STEP queries.
 
     Args:
         chunk: for the cache, the folder and the progress.
@@ -82,12 +92,11 @@ def target_block(
     """
     import torch
 
-    from core.distill.routing import own_rows
     from core.distill.teachers.rotational import target_key
     from core.tensors import shards
 
-    excluded = own_rows(teacher.model.queries, queries)
-    key = target_key(teacher.fingerprint(), queries, excluded)
+    excluded = teacher.own_rows(queries)
+    key = target_key(teacher.fingerprint(), queries, excluded, device=chunk.device)
     found = chunk.cached(key)
     if found is not None:
         return found, []

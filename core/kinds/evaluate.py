@@ -152,6 +152,7 @@ def _student_file(chunk: Chunk) -> Any:
 def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     import numpy as np
 
+    from core.distill.choosing import edges
     from core.distill.evaluation import evaluate
     from core.distill.report import write_report
     from core.tensors import shards
@@ -162,13 +163,21 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     outputs = {name: np.concatenate([tensors[name] for tensors, _ in parts]) for name in names}
     chunk.progress(0, 3)
     targets = _pairs(chunk).targets.astype("float32")
-    found = evaluate(outputs, targets, rows, seed=spec.seed, dropped=dropped)
+    trained = _student_facts(spec, chunk)
+    found = evaluate(
+        outputs,
+        targets,
+        rows,
+        seed=spec.seed,
+        dropped=dropped,
+        remarks=[*edges(_teacher(spec, chunk).model.manifest), *trained["words"]],
+    )
     chunk.progress(1, 3)
     files = write_report(
         chunk.workdir,
         found,
         title=spec.name or "Evaluation",
-        history=_history(spec, chunk),
+        history=trained["history"],
         facts={name: given and chunk.input(name).sha256 for name, given in _given(spec).items()},
     )
     made = {
@@ -187,14 +196,14 @@ def _given(spec: Spec) -> dict[str, str | None]:
     return {"pairs": spec.pairs, "model": spec.model, "student": spec.student}
 
 
-def _history(spec: Spec, chunk: Chunk) -> list[dict[str, float]]:
+def _student_facts(spec: Spec, chunk: Chunk) -> dict[str, Any]:
+    """Return what the student's file says about its training: ``history`` and ``words``."""
     from core.distill.export import student_facts
 
+    said: dict[str, Any] = {"history": [], "words": []}
     if spec.student is None:
-        return []
-    facts = student_facts(_student_file(chunk))["facts"]
-    history: list[dict[str, float]] = facts.get("history", [])
-    return history
+        return said
+    return {**said, **student_facts(chunk.fetch(chunk.input("student").sha256))["facts"]}
 
 
 def _metrics(spec: Spec, chunk: Chunk, found: Sequence[Any], rows: Array) -> list[Metric]:
@@ -221,7 +230,7 @@ def _speeds(spec: Spec, chunk: Chunk, rows: Array) -> dict[str, float]:
     maps = baseline_maps(teacher, anchor=_global_rotation(teacher))
     del maps[RAW]  # costs nothing
     if spec.student is not None:
-        maps["student"] = load_student(chunk.workdir / "student.safetensors").to(chunk.device)
+        maps["student"] = load_student(_student_file(chunk)).to(chunk.device)
     speeds = {}
     for name, function in maps.items():
         chunk.progress(2, 3)

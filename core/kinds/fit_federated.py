@@ -148,7 +148,7 @@ def _load(chunk: Chunk) -> Prepared:
 
 
 def _score(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.distill import fitting
+    from core.distill import choosing, fitting
 
     prepared = _load(chunk)
     strength = fitting.strengths(prepared, spec.strength)[chunk.index]
@@ -157,7 +157,7 @@ def _score(spec: Spec, chunk: Chunk) -> ChunkResult:
     scores = fitting.score(prepared, strength, tried, seed=spec.seed)
     found = [vars(score) for score in scores]
     file = write_json(chunk.workdir / "scores.json", found, format_name="scores")
-    best = fitting.choose(scores)
+    best = choosing.choose(scores)
     curve = [
         Metric("score/hit1", chunk.index, best.hit1),
         Metric("score/log_score", chunk.index, best.log_score),
@@ -167,15 +167,15 @@ def _score(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 def _choice(spec: Spec, chunk: Chunk, prepared: Prepared) -> tuple[float, float, list[Any]]:
     """Return the strength and temperature in force, and the scores they were chosen by."""
-    from core.distill import fitting
+    from core.distill import choosing, fitting
 
     scores = [
-        fitting.Score(**found)
+        choosing.Score(**found)
         for made in chunk.outputs("score")
         for found in read_json(made["scores"].path)
     ]
     if scores:
-        best = fitting.choose(scores)
+        best = choosing.choose(scores)
         return best.strength, best.temperature, scores
     [strength] = fitting.strengths(prepared, spec.strength)
     [temperature] = fitting.temperatures(prepared, spec.temperature)

@@ -29,7 +29,7 @@ def spectral_norms(bivectors: Tensor) -> Tensor:
     return torch.stack(squares).clamp(min=0).sqrt() * (1 + 1e-9)
 
 
-def exp_action(
+def exp_action(  # noqa: PLR0913 - three things, and what is known of them, by keyword
     queries: Tensor,
     bivectors: Tensor,
     mixture: Mixture,
@@ -37,13 +37,15 @@ def exp_action(
     tolerance: float = 1e-6,
     norms: Tensor | None = None,
     log_scales: Tensor | None = None,
+    anchor: Tensor | None = None,
     rotations: Tensor | None = None,
 ) -> Tensor:
-    """Compute y_q = q exp(sum_c w_qc L_c) for every query; no gradient.
+    """Compute y_q = q G exp(sum_c w_qc L_c) for every query; no gradient.
 
-    In exact arithmetic |dy| <= tolerance |q| (2-norm); rounding adds a few units in the last
-    place (more where torch's float32 matmul precision is set below "highest"). The same inputs
-    give the same bytes on the same device with as many threads.
+    In exact arithmetic |dy| <= tolerance |q| (2-norm), for sum_c |w_qc| ||L_c|| up to 1e4; rounding
+    adds a few units in the last place (more where torch's float32 matmul precision is set below
+    "highest"). The same inputs give the same bytes on the same device with as many threads.
+    Scratch memory stays below ``chebyshev.WORKSPACE_BYTES``, beside a copy of the queries.
 
     Args:
         queries: [Q, d] float32 or float64, one per row.
@@ -53,7 +55,9 @@ def exp_action(
         norms: [C], upper bounds of ||L_c||_2; where absent ``spectral_norms`` computes them,
             which costs as much as thousands of queries: keep them.
         log_scales: [C]; the result is multiplied by exp(sum_c w_qc log_scales_c).
-        rotations: [C, d, d], exp(L_c): a query with one cluster, at weight 1, is then q @ W_c.
+        anchor: G, [d, d], applied to each query first; the identity where absent.
+        rotations: [C, d, d], W_c = G exp(L_c), any float dtype: a query with one cluster, at
+            weight 1, is then q @ W_c.
 
     Returns:
         [Q, d], dtype and device of ``queries``.
@@ -72,8 +76,9 @@ def exp_action(
             _rotate_singles(result, queries, rotations, mixture, single)
         radii = mixture.radii(norms)
         rest = plan(mixture, radii, (~single).nonzero().flatten(), tolerance=tolerance - budget)
+        turned = queries if anchor is None else queries @ anchor
         for block in rest.blocks(queries.shape[1] * queries.element_size()):
-            result[rest.order[block]] = run_block(queries, bivectors, rest, block)
+            result[rest.order[block]] = run_block(turned, bivectors, rest, block)
         if scales is not None:
             result *= scales.to(result.dtype)[:, None]
     return result

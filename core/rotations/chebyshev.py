@@ -24,8 +24,13 @@ from core.rotations.mixture import Mixture
 
 WORKSPACE_BYTES = 512 * 2**20
 """Scratch memory of one block of queries, beside the inputs and the result."""
-RADIUS_STEP = math.pi / 64
-"""Radii are rounded up to multiples of this, so that few Bessel series are evaluated."""
+RADIUS_STEP = math.pi / 64 * (1 + 4e-6)
+"""Radii are rounded up to multiples of this, so that few Bessel series are evaluated. Never down:
+beyond its radius a series grows like cosh. The sliver over pi / 64 keeps pi * (1 + rounding), a
+blend of half turns in float32, in the bucket that ends at pi."""
+LARGEST_RADIUS = 1e4
+"""Supported ||B||_2, radians; blends of principal logarithms reach pi. Up to here the recurrence
+adds no more than rounding; coefficients take 8 bytes per query and radian."""
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether oneDNN's product is compiled in; without it the same code runs on torch.mm."""
 
@@ -95,9 +100,17 @@ def plan(mixture: Mixture, radii: Tensor, order: Tensor, *, tolerance: float) ->
         radii: [Q] float64, upper bounds of ||B_q||_2.
         order: [N] int64, the rows to plan.
         tolerance: bound of the truncation error, relative to the length of a query.
+
+    Raises:
+        ValueError: a radius is above LARGEST_RADIUS, or NaN.
     """
-    # The slack keeps pi * (1 + rounding) in the bucket of pi; the series bears it (|phi| < 1.001).
-    steps = (radii[order] * (1 - 2e-6) / RADIUS_STEP).ceil().long()
+    wanted = radii[order]
+    if not bool((wanted <= LARGEST_RADIUS).all()):
+        raise ValueError(
+            f"a blend of norm {float(wanted.max()):.4g}; allowed: at most {LARGEST_RADIUS:g} "
+            "radians, reduce weights or bivectors"
+        )
+    steps = (wanted / RADIUS_STEP).ceil().long()
     distinct, which = steps.unique(return_inverse=True)  # ascending radius
     all_series = [series(step, tolerance) for step in distinct.tolist()]
     width = max(map(len, all_series), default=1)

@@ -1,4 +1,4 @@
-"""The principal logarithm of rotations, exact at the angle pi, and how a matrix becomes one."""
+"""The principal logarithm of rotations, exact at the angle pi."""
 
 from __future__ import annotations
 
@@ -30,20 +30,6 @@ class RotationLog:
     """[C] float64, radians: the largest angle, ||L||_2, or little above it; for ``exp_action``."""
 
 
-@dataclass(frozen=True)
-class NearestRotation:
-    """W = s R up to its deviation; a reflection is turned into a rotation."""
-
-    rotations: Tensor
-    """[C, d, d], determinant +1, dtype of the input."""
-    scales: Tensor
-    """[C] float64, > 0."""
-    reflected: Tensor
-    """[C] bool: the determinant was -1, and an eigenvector of -1 was reflected."""
-    deviations: Tensor
-    """[C] float64: |W - s R'|_F / |W|_F, with R' before the reflection; 0 for an exact W = s R'."""
-
-
 def rotation_log(rotations: Tensor) -> RotationLog:
     """Find the skew L with exp(L) = W and angles up to pi.
 
@@ -70,28 +56,6 @@ def rotation_log(rotations: Tensor) -> RotationLog:
     return RotationLog(bivectors, residuals, norms)
 
 
-def split_scale_and_rotation(matrices: Tensor) -> NearestRotation:
-    """Split W into the nearest s R by its polar form; a determinant of -1 becomes +1.
-
-    The reflection is W + 2 s v v^T with v the eigenvector of -1: it does not depend on the axes.
-
-    Args:
-        matrices: [C, d, d] or [d, d], not singular.
-
-    Returns:
-        C rotations (1 for a single matrix) on the device of ``matrices``.
-    """
-    stack = matrices if matrices.ndim == 3 else matrices[None]
-    parts = [_split(matrix.double()) for matrix in stack.detach()]
-    if not parts:
-        empty = stack.new_zeros(0, dtype=torch.float64)
-        return NearestRotation(stack.clone(), empty, empty.bool(), empty)
-    rotations, scales, reflected, deviations = (
-        torch.stack(part) for part in zip(*parts, strict=True)
-    )
-    return NearestRotation(rotations.to(stack.dtype), scales, reflected, deviations)
-
-
 def _log(W: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithm and largest angle of one rotation: [d, d] float64, orthogonal to rounding."""
     skew = (W - W.mT) / 2
@@ -101,7 +65,7 @@ def _log(W: Tensor) -> tuple[Tensor, Tensor]:
     if cut % 2:
         raise ValueError(
             "the determinant is -1: a reflection has no real logarithm; "
-            "split_scale_and_rotation turns it into a rotation"
+            "scaled.split turns it into a rotation"
         )
     angles = cosines[cut:].clamp(-1, 1).acos()  # its error of 1e-8 at 0 is harmless: sinc is flat
     log = (far / torch.sinc(angles / math.pi)) @ (far.mT @ skew)
@@ -142,27 +106,6 @@ def _widest_gap(cosines: Tensor) -> int:
     window = cosines.new_tensor(NEAR_PI)
     gaps = torch.cat([window[:1], cosines[low:high], window[1:]]).diff()
     return int(low + gaps.argmax())
-
-
-def _split(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotation, scale, reflected and deviation of one [d, d] float64."""
-    length = torch.linalg.norm(W)
-    if not 0 < length < math.inf:
-        raise ValueError(f"a matrix of norm {float(length)} is no scaled rotation")
-    d = len(W)
-    unit = W * (math.sqrt(d) / length)
-    if _excess(unit)[1] <= NEAR_ORTHOGONAL:
-        polar = _orthonormal(unit)
-    else:
-        U, _, Vh = torch.linalg.svd(W)
-        polar = U @ Vh
-    scale = (polar * W).sum() / d  # the mean singular value: least squares
-    deviation = torch.linalg.norm(W - scale * polar) / length
-    reflected = torch.linalg.slogdet(polar).sign < 0
-    if reflected:
-        axis = torch.linalg.svd(polar + torch.eye(d).to(W))[2][-1]
-        polar = polar - 2 * torch.outer(polar @ axis, axis)  # = + 2 v v^T, orthogonal regardless
-    return polar, scale, reflected, deviation
 
 
 def _excess(W: Tensor) -> tuple[Tensor, float]:

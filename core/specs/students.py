@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from core.errors import SpecInvalid
 from core.specs.base import Closed
 
-
 ROUTER_HIDDEN = 256
 """Width of a learnt router that is told none."""
 
@@ -57,7 +56,7 @@ class RotorProduct(Closed):
         None,
         ge=1,
         le=8192,
-        description=f"Width of the learnt router; null: {ROUTER_HIDDEN}. The exact router has none.",
+        description=f"Width of the learnt router; null: {ROUTER_HIDDEN}. The exact one has none.",
     )
     train_planes: bool = Field(
         default=False,

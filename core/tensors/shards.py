@@ -39,7 +39,7 @@ def load(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def load_rows(path: Path, name: str, start: int, stop: int) -> Array:
-    """Read rows start..stop-1 of one tensor; memory and time are theirs alone.
+    """Read rows start..stop-1 (at least one) of one tensor; memory and time are theirs alone.
 
     Raises:
         DataInvalid: the file is not safetensors, lacks the tensor, or the tensor those rows.
@@ -50,7 +50,7 @@ def load_rows(path: Path, name: str, start: int, stop: int) -> Array:
                 raise DataInvalid(f"{name}: missing; the file holds {', '.join(file.keys())}")
             tensor = file.get_slice(name)
             shape = tensor.get_shape()
-            if not shape or not 0 <= start <= stop <= shape[0]:
+            if not shape or not 0 <= start < stop <= shape[0]:
                 raise DataInvalid(f"{name}: shape {shape}; needed rows {start} to {stop}")
             rows: Array = tensor[start:stop]
             return rows

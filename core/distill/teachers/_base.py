@@ -20,6 +20,16 @@ from core.tensors.formats import Federated
 from core.tensors.shards import Array
 
 
+@dataclass(frozen=True)
+class Bivectors:
+    """Logarithms of some clusters' rotations, with what a blend of them asks at every query."""
+
+    values: Tensor
+    """[C, d, d] skew."""
+    norms: Tensor
+    """[C] float64, upper bounds of ||L_c||_2, little above it."""
+
+
 class BlendingTeacher(Protocol):
     """A federated model with a way to blend its clusters; built once, asked in blocks."""
 
@@ -37,13 +47,17 @@ class BlendingTeacher(Protocol):
     def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
         """Return the answers [Q, d] for given weights."""
 
+    def own_rows(self, queries: Array) -> Array:
+        """Return what a query excludes that may be a training query: [Q] int64, -1 for none."""
+
     def targets(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Tensor:
         """Return the teacher's answers: [Q, d], on its device.
 
         Args:
             queries: [Q, d] floating.
             exclude_rows: [Q] or [Q, e] int64, rows of the model's training queries that a query
-                may not route through; -1 for none. A training query must exclude itself.
+                may not route through; -1 for none. A training query must exclude itself; its
+                duplicates among the training queries go with it.
         """
 
     def fingerprint(self) -> str:
@@ -55,7 +69,7 @@ class Teacher:
     """A plugin: what may be said about it, and how it is made."""
 
     spec: type[Closed]
-    build: Callable[[Federated, Any, str | torch.device, Tensor | Array | None], BlendingTeacher]
+    build: Callable[[Federated, Any, str | torch.device, Bivectors | None], BlendingTeacher]
     """(model, spec, device, bivectors or None to compute them) -> the teacher."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -70,10 +71,32 @@ def make_teacher(compat: str | None = None) -> RotationalTeacher:
     return RotationalTeacher(make_model(), spec)
 
 
+def doubled(model: Federated) -> Federated:
+    """Every training query twice, the second time with other zeros' signs; the targets differ."""
+    queries = model.queries.copy()
+    queries[:, 0] = 0.0
+    again = queries.copy()
+    again[:, 0] = -0.0
+    return replace(
+        model,
+        queries=np.concatenate([queries, again]),
+        targets=np.concatenate([model.targets, model.targets[::-1]]),
+        cluster_of=np.concatenate([model.cluster_of, model.cluster_of]),
+        train_rows=np.arange(2 * len(queries)),
+        held_out_rows=np.zeros(0, np.int64),
+    )
+
+
 @cache
 def make_targets() -> Tensor:
-    model = make_model()
-    return make_teacher().targets(model.queries, exclude_rows=torch.arange(len(model.queries)))
+    return answers(make_teacher())
+
+
+def answers(teacher: RotationalTeacher) -> Tensor:
+    """What cache_targets keeps: the training queries' targets, none routed through itself."""
+    queries = teacher.model.queries
+    own = torch.from_numpy(teacher.own_rows(queries))
+    return teacher.targets(queries, exclude_rows=own)
 
 
 def make_training(**changes: object) -> Training:
@@ -86,6 +109,8 @@ def make_data(training: Training) -> TrainingData:
 
 
 def make_student(name: str, *, seed: int = 0, **changes: object) -> StudentModule:
+    if changes.get("router") == "exact":
+        changes = {"router_hidden": None, **changes}
     spec = SMALL_STUDENTS[name].model_copy(update=dict(changes))
     return build_student(spec, make_teacher(), seed)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from core.distill import evaluation as judged
 from core.distill.evaluation import Evaluation, baselines, evaluate, held_out, student_vectors
 from core.distill.report import write_report
 from core.distill.retrieval import Index, row_cosines
-from core.errors import DataInvalid
+from core.errors import DataInvalid, SpecInvalid
+from core.kinds import evaluate as judging
+from core.kinds._base import Input
 from core.tensors.formats import Pairs
 from core.tensors.shards import Array
 from tests.core.distill._make import make_model, make_pairs, make_student, make_teacher, unit
@@ -71,6 +74,77 @@ def test_an_interval_holds_its_difference_and_a_sure_win_excludes_zero() -> None
             assert interval.low <= interval.difference <= interval.high
     gain = make_evaluation().row("exact teacher").versus_raw[1]
     assert gain.low > 0
+
+
+def test_the_interval_is_the_bootstrap_of_whole_queries() -> None:
+    wins = np.random.default_rng(1).choice([-1, 0, 1], size=400, p=[0.1, 0.7, 0.2])
+    picks = np.random.default_rng(2).integers(400, size=(4000, 400))
+    low, high = np.percentile(wins[picks].mean(axis=1), [2.5, 97.5])
+
+    found = judged.paired_interval(wins, seed=0)
+
+    assert found.difference == wins.mean()
+    assert found.low == pytest.approx(low, abs=0.01)
+    assert found.high == pytest.approx(high, abs=0.01)
+    assert found == judged.paired_interval(np.sort(wins), seed=0)
+
+
+def test_the_interval_takes_no_memory_per_draw() -> None:
+    tracemalloc.start()
+    judged.paired_interval(np.ones(200_000, dtype=np.int64), seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+def test_teacher_against_one_rotation_is_always_said() -> None:
+    outputs, rows = make_outputs()
+    targets = make_pairs().targets
+    said = {}
+    for name, teacher, one in (
+        ("equal", outputs["raw"], outputs["raw"]),
+        ("perfect", outputs["raw"], targets[rows]),
+        ("useless", targets[rows], outputs["raw"]),
+    ):
+        changed = {**outputs, "exact teacher": teacher, "global rotation": one}
+        found = evaluate(changed, targets, rows, seed=0)
+        said[name] = next(words for words in found.words if "one global rotation" in words)
+        gain = found.row("exact teacher").versus_global[1]
+        assert {"equal": gain.low == 0, "perfect": gain.high < 0, "useless": gain.low > 0}[name]
+    assert said["equal"].startswith("The teacher finds as much as one global rotation: +0.00")
+    assert said["perfect"].startswith("Warning: one global rotation finds more")
+    assert said["useless"].startswith("The teacher beats one global rotation by")
+
+
+def test_a_student_of_another_model_is_refused() -> None:
+    spec = judging.Spec.model_validate(judging.KIND.example)
+    facts = {"dim": 12, "pairs": None, "held_out": 3, "rows": 5}
+    inputs = {
+        "pairs": Input(spec.pairs, "pairs", facts),
+        "model": Input(spec.model, "federated_model", facts),
+        "student": Input(str(spec.student), "student", {"dim": 12, "model": "9" * 64}),
+    }
+    with pytest.raises(SpecInvalid, match="distilled from model 999") as caught:
+        judging.stages(spec, inputs)
+    assert caught.value.pointer == "/student"
+    own = Input(str(spec.student), "student", {"dim": 12, "model": spec.model})
+    assert len(judging.stages(spec, {**inputs, "student": own})) == 3
+
+
+def test_remarks_join_the_findings() -> None:
+    outputs, rows = make_outputs()
+    found = evaluate(outputs, make_pairs().targets, rows, seed=0, remarks=["An edge was chosen."])
+    assert found.words[-1] == "An edge was chosen."
+
+
+def test_held_out_twins_are_judged_once() -> None:
+    pairs, model = make_pairs(), make_model()
+    first, second = model.held_out_rows[:2]
+    queries = pairs.queries.astype(np.float64)
+    queries[first, 0] = 0.0
+    queries[second] = queries[first] * (1 + 1e-12)
+    queries[second, 0] = -0.0
+    assert held_out(Pairs(pairs.ids, queries, pairs.targets), model)[1] == 1
 
 
 def test_equal_targets_count_as_one() -> None:

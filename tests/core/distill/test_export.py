@@ -95,12 +95,29 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     assert printed[0] == printed[1]
 
 
-def test_an_export_holds_no_path(tmp_path: Path) -> None:
-    files = export_student(make_student("rotor_product"), tmp_path)
-    for path in (files.torch, files.safetensors, files.onnx):
-        data = path.read_bytes()
-        assert not any(word in data for word in (b"/core/", b"site-packages", b".py", b"home"))
-        assert hashlib.sha256(data).hexdigest()
+def test_an_export_holds_no_path_and_is_the_same_anywhere(tmp_path: Path) -> None:
+    digests = []
+    for name in ("here", "over there"):
+        (tmp_path / name).mkdir()
+        files = export_student(make_student("rotor_product"), tmp_path / name)
+        data = [path.read_bytes() for path in (files.torch, files.safetensors, files.onnx)]
+        for word in (b"/core/", b"site-packages", b".py", b"home", b"over there"):
+            assert not any(word in part for part in data)
+        digests.append([hashlib.sha256(part).hexdigest() for part in data])
+    assert digests[0] == digests[1]
+
+
+def test_onnx_scales_for_the_router_as_torch_does() -> None:
+    student = disturbed("rotor_product", {})
+    with torch.no_grad():
+        student.get_buffer("router.length").fill_(1e-3)
+    queries = 1e-3 * some_queries()
+    found = run_onnx(to_onnx(student), queries)
+    wanted = student(queries).detach().numpy()
+    assert np.abs(found - wanted).max() < 1e-8
+    with torch.no_grad():
+        student.get_buffer("router.length").fill_(1.0)
+    assert np.abs(student(queries).detach().numpy() - wanted).max() > 1e-6
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

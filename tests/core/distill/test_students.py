@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
-from core.distill.students._base import restore_student, students
+from core.distill.students._base import build_student, restore_student, students
 from core.distill.students._strang import strang_product
 from core.distill.students.rotor_product import RotorProductStudent, orthonormal
+from core.distill.teachers.rotational import RotationalTeacher
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.planes import rotate_in_planes
+from core.specs.students import ROUTER_HIDDEN, RotorProduct
+from core.specs.teachers import Rotational
 from tests.core.distill._make import CLUSTERS, DIM, make_student, make_teacher, some_queries
 
 every_student = pytest.mark.parametrize("name", students())
@@ -18,6 +25,55 @@ def test_a_student_keeps_lengths(name: str) -> None:
     queries = some_queries() * torch.linspace(0.1, 10, 50)[:, None]
     lengths = make_student(name)(queries).norm(dim=1)
     torch.testing.assert_close(lengths, queries.norm(dim=1), rtol=1e-6, atol=0)
+
+
+@every_student
+def test_an_empty_batch_is_an_empty_answer(name: str) -> None:
+    for changes in ({}, {"router": "exact"} if name == "rotor_product" else {}):
+        student = make_student(name, **changes)
+        assert student(torch.zeros(0, DIM)).shape == (0, DIM)
+        with torch.no_grad():
+            assert student(torch.zeros(0, DIM)).shape == (0, DIM)
+
+
+@pytest.mark.parametrize("router", ["learnt", "exact"])
+def test_the_bare_product_keeps_lengths_to_rounding(router: str) -> None:
+    student = make_student("rotor_product", router=router)
+    assert isinstance(student, RotorProductStudent)
+    bare, lengths = student.product(some_queries()), some_queries().norm(dim=1)
+    torch.testing.assert_close(bare.norm(dim=1), lengths, rtol=2e-6, atol=0)
+    with torch.no_grad():
+        student.bases.mul_(1.01)  # no rotation any more: the final scaling would hide it
+    assert (student.product(some_queries()).norm(dim=1) / lengths - 1).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_learnt_router_does_not_see_the_unit_of_the_data(scale: float) -> None:
+    model, queries = make_teacher().model, some_queries()
+    scaled = replace(
+        model,
+        queries=model.queries * np.float32(scale),
+        centroids=model.centroids * np.float32(scale),
+        manifest={**model.manifest, "temperature": model.manifest["temperature"] * scale**2},
+    )
+    teacher = RotationalTeacher(scaled, Rotational())
+    spec = RotorProduct(planes=3, router_hidden=16)
+    one, other = build_student(spec, make_teacher(), 0), build_student(spec, teacher, 0)
+    for student in (one, other):
+        with torch.no_grad():
+            for number, value in enumerate(student.get_submodule("router").parameters()):
+                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+                value.add_(noise, alpha=0.5)
+    torch.testing.assert_close(other(queries * scale) / scale, one(queries), rtol=0, atol=1e-5)
+
+
+def test_the_exact_router_has_no_width_and_a_stored_spec_comes_back() -> None:
+    with pytest.raises(ValidationError, match="router_hidden 64 is the learnt router's"):
+        RotorProduct(router="exact", router_hidden=64)
+    for spec in (RotorProduct(router="exact"), RotorProduct(), RotorProduct(router_hidden=64)):
+        assert RotorProduct.model_validate(spec.model_dump(mode="json")) == spec
+    built = make_student("rotor_product", router_hidden=None)
+    assert built.get_parameter("router.up.weight").shape == (ROUTER_HIDDEN, DIM)
 
 
 @every_student
@@ -160,6 +216,7 @@ def test_frozen_planes_are_not_trained() -> None:
     student = make_student("rotor_product", train_planes=False)
     assert isinstance(student, RotorProductStudent)
     names = {name for name, value in student.named_parameters() if value.requires_grad}
-    assert names == {name for name in names if name.startswith("router.")}
+    assert names == {f"router.{name}" for name, _ in student.router.named_parameters()}
+    assert len(names) == 5
     assert student.gentle() == []
     assert student.bases.shape == (CLUSTERS, DIM, 6)

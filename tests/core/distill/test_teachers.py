@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.linalg import expm
 
-from core.distill.teachers._base import BlendingTeacher, Teacher, teachers
+from core.distill.teachers import rotational
+from core.distill.teachers._base import Bivectors, BlendingTeacher, Teacher, teachers
 from core.distill.teachers.rotational import (
     RotationalTeacher,
     bivector_block,
@@ -16,6 +18,7 @@ from core.distill.teachers.rotational import (
     teacher_fingerprint,
 )
 from core.errors import DataInvalid
+from core.rotations.action import spectral_norms
 from core.specs.teachers import Rotational
 from tests.core.distill._make import DIM, make_model, make_teacher, some_queries
 
@@ -58,6 +61,35 @@ def test_a_training_query_can_be_left_out_of_its_own_answer(plugin: Teacher) -> 
 
 
 @every_teacher
+def test_duplicates_of_a_training_query_are_left_out_with_it(plugin: Teacher) -> None:
+    model = make_model()
+    names = ("queries", "targets", "cluster_of", "train_rows")
+    twice = replace(model, **{name: np.concatenate([getattr(model, name)] * 2) for name in names})
+    teacher = plugin.build(twice, plugin.spec(), "cpu", None)
+    once, rows = model.queries[:5], np.arange(5)
+
+    assert np.array_equal(teacher.own_rows(once), rows)
+    assert teacher.own_rows(-once).tolist() == [-1] * 5
+    for exclude in (rows, rows + len(model.queries)):
+        weights = teacher.mixture(once, exclude_rows=torch.from_numpy(exclude)).dense()
+        alone = build(plugin).mixture(once, exclude_rows=torch.from_numpy(rows)).dense()
+        assert ((weights > 0) <= (alone > 0)).all()
+        assert torch.equal(
+            teacher.targets(once, exclude_rows=torch.from_numpy(exclude)),
+            teacher.targets(once, exclude_rows=torch.from_numpy(rows)),
+        )
+
+
+@every_teacher
+def test_the_model_is_hashed_once(plugin: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = build(plugin)
+    first = teacher.fingerprint(), teacher.own_rows(make_model().queries).tolist()
+    monkeypatch.setattr("hashlib.sha256", None)
+    monkeypatch.setattr(rotational.EqualRows, "among", None)
+    assert (teacher.fingerprint(), teacher.own_rows(make_model().queries).tolist()) == first
+
+
+@every_teacher
 def test_a_query_not_seen_yet_gets_finite_answers(plugin: Teacher) -> None:
     assert build(plugin).targets(some_queries().numpy()).isfinite().all()
 
@@ -74,15 +106,42 @@ def test_answers_are_the_exponential_of_the_blended_logarithms(compat: str | Non
     for query, weight, answer in zip(queries, weights, answers, strict=True):
         blend = torch.einsum("c,cij->ij", weight, teacher.bivectors).numpy()
         wanted = query.numpy() @ teacher.anchor.numpy() @ expm(blend)
+        if int((weight > 0).sum()) == 1:  # then W itself, which float32 made not quite orthogonal
+            wanted = query.numpy() @ teacher.model.rotations[int(weight.argmax())]
         assert np.abs(answer.numpy() - wanted).max() < 1e-11
 
 
-def test_float32_answers_are_as_near_as_the_tolerance() -> None:
-    exact = RotationalTeacher(
-        make_model(), Rotational(dtype="float64", tolerance=1e-12), "cpu"
-    ).targets(some_queries())
-    error = (make_teacher().targets(some_queries()).double() - exact).norm(dim=1)
-    assert error.max() < 3e-6
+@pytest.mark.parametrize("compat", [None, "legacy"])
+def test_float32_answers_are_as_near_as_the_tolerance(compat: str | None) -> None:
+    queries = some_queries(500)
+    spec = Rotational.model_validate({"compat": compat, "dtype": "float64", "tolerance": 1e-12})
+    teacher = make_teacher(compat)
+    mixture = teacher.mixture(queries)
+    exact = RotationalTeacher(make_model(), spec).blend(
+        queries, replace(mixture, weights=mixture.weights.double())
+    )
+    error = (teacher.blend(queries, mixture).double() - exact).norm(dim=1)
+    assert error.max() <= teacher.spec.tolerance
+
+
+def test_a_tolerance_that_float32_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"tolerance 1e-07 with dtype 'float32'; allowed"):
+        Rotational(tolerance=1e-7)
+    assert Rotational(tolerance=1e-7, dtype="float64").tolerance == 1e-7
+
+
+def test_top_k_is_the_models_own_unless_told() -> None:
+    model = make_model()
+    own = replace(model, manifest={**model.manifest, "top_k": 3})
+    imported = replace(model, manifest={"temperature": 0.1})
+
+    assert RotationalTeacher(own, Rotational()).top_k == 3
+    assert RotationalTeacher(own, Rotational(top_k=7)).top_k == 7
+    assert RotationalTeacher(imported, Rotational()).top_k == 10
+    resolved = [teacher_fingerprint(own, Rotational(top_k=k)) for k in (None, 3, 7)]
+    assert resolved[0] == resolved[1] != resolved[2]
+    with pytest.raises(DataInvalid, match="top_k: 'all' in the manifest"):
+        RotationalTeacher(replace(model, manifest={**own.manifest, "top_k": "all"}), Rotational())
 
 
 def test_legacy_blends_the_whole_logarithm_and_says_nearly_the_same() -> None:
@@ -95,16 +154,30 @@ def test_legacy_blends_the_whole_logarithm_and_says_nearly_the_same() -> None:
     assert cosines.min() > 0.99
 
 
-def test_a_weight_of_one_gives_that_clusters_rotation() -> None:
-    model = make_model()
-    teacher = RotationalTeacher(model, Rotational(top_k=1))
-    queries = some_queries(20)
-    clusters = teacher.mixture(queries).dense().argmax(1)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("compat", [None, "legacy"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_query_with_one_cluster_is_exactly_its_matrix(
+    compat: str | None, dtype: str, top_k: int
+) -> None:
+    scales = np.array([0.5, 1.0, 2.0, 3.0], dtype=np.float32)
+    model = replace(make_model(), scales=scales)
+    teacher = RotationalTeacher(
+        model, Rotational.model_validate({"compat": compat, "dtype": dtype, "top_k": top_k})
+    )
+    queries = some_queries(20).to(getattr(torch, dtype))
+    weights = teacher.mixture(queries).dense()
+    single = (weights > 0).sum(1) == 1
 
     answers = teacher.targets(queries)
 
-    wanted = torch.einsum("qi,qij->qj", queries, torch.from_numpy(model.rotations)[clusters])
-    torch.testing.assert_close(answers, wanted, rtol=0, atol=3e-6)
+    assert single.any()
+    for row in single.nonzero().flatten().tolist():
+        c = int(weights[row].argmax())
+        rotated = queries[row : row + 1] @ torch.from_numpy(model.rotations[c]).to(queries)
+        torch.testing.assert_close(
+            answers[row] / float(scales[c]), rotated[0], rtol=0, atol=torch.finfo(queries.dtype).eps
+        )
 
 
 def test_scales_blend_geometrically() -> None:
@@ -121,15 +194,30 @@ def test_scales_blend_geometrically() -> None:
 def test_blocks_of_bivectors_are_the_whole() -> None:
     model, spec = make_model(), Rotational()
     parts = [bivector_block(model, spec, start, start + 2) for start in (0, 2)]
-    given = RotationalTeacher(model, spec, "cpu", torch.cat(parts))
+    values, norms = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("values", "norms")
+    )
+    given = RotationalTeacher(model, spec, "cpu", Bivectors(values, norms))
     assert torch.equal(given.bivectors, make_teacher().bivectors)
     assert torch.equal(given.bivectors_block(1, 3), make_teacher().bivectors_block(1, 3))
     assert torch.equal(given.targets(some_queries()), make_teacher().targets(some_queries()))
 
 
-def test_bivectors_of_another_model_are_refused() -> None:
-    with pytest.raises(DataInvalid, match=r"bivectors: shape \[3, 12, 12\]"):
-        RotationalTeacher(make_model(), Rotational(), "cpu", torch.zeros(3, DIM, DIM))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_norms_come_with_the_bivectors_and_bound_them_closely(dtype: str) -> None:
+    block = bivector_block(make_model(), Rotational.model_validate({"dtype": dtype}), 0, 4)
+    exact = spectral_norms(block.values)
+    assert (block.norms >= exact * (1 - 2e-9)).all()
+    assert (block.norms <= exact * (1 + 2e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [((3, 4), r"bivectors: shape \[3, 12, 12\]"), ((4, 3), "norms of biv")]
+)
+def test_bivectors_of_another_model_are_refused(given: tuple[int, int], message: str) -> None:
+    bivectors = Bivectors(torch.zeros(given[0], DIM, DIM), torch.zeros(given[1]))
+    with pytest.raises(DataInvalid, match=message):
+        RotationalTeacher(make_model(), Rotational(), "cpu", bivectors)
 
 
 def test_keys_tell_apart_whatever_changes_the_bytes() -> None:
@@ -156,13 +244,16 @@ def test_keys_tell_apart_whatever_changes_the_bytes() -> None:
     prints.append(teacher_fingerprint(replace(model, queries=model.queries[::-1]), spec))
     assert len(set(prints)) == len(prints)
     queries, rows = some_queries(4).numpy(), np.arange(4)
+    cpu, first = {"device": "cpu"}, prints[0]
     targets = [
-        target_key(prints[0], queries),
-        target_key(prints[1], queries),
-        target_key(prints[0], queries[:3]),
-        target_key(prints[0], queries.astype(np.float64)),
-        target_key(prints[0], queries, rows),
-        target_key(prints[0], queries, rows[::-1]),
+        target_key(first, queries, **cpu),
+        target_key(prints[1], queries, **cpu),
+        target_key(first, queries[:3], **cpu),
+        target_key(first, queries.astype(np.float64), **cpu),
+        target_key(first, queries, rows, **cpu),
+        target_key(first, queries, rows[::-1], **cpu),
+        target_key(first, queries, rows, device="cuda:0"),
     ]
+    assert targets[-1] == target_key(first, queries, rows, device="cuda:1")
     assert len(set(targets)) == len(targets)
     assert all(len(key) == 64 for key in [*bivectors, *prints, *targets])

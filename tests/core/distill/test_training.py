@@ -1,21 +1,29 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.distill import training as loop
-from core.distill.curriculum import jitter, slerp, training_data
+from core.distill.curriculum import Examples, jitter, slerp, training_data
+from core.distill.losses._base import Batch, squared_angles
 from core.distill.students._base import students
+from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, learning_rate, run_epochs
 from core.errors import Cancelled, DataInvalid, SpecInvalid
+from core.specs.teachers import Rotational
 from core.specs.training import Training
 from core.tensors import shards
 from tests.core.distill._make import (
+    answers,
+    doubled,
     make_data,
     make_model,
     make_student,
@@ -143,10 +151,44 @@ def test_a_student_with_nothing_to_train_is_judged_and_done(tmp_path: Path) -> N
     assert torch.equal(again(some_queries()), student(some_queries()))
 
 
-def test_terms_that_do_not_apply_to_a_student_are_refused() -> None:
+def test_nothing_to_train_is_said_and_judged_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = make_training(batch_size=5, losses={"cvar": 0})
+    student = make_student("rotor_product", router="exact", train_planes=False)
+    state, data, seen = TrainState.start(student, training, seed=0), make_data(training), []
+    plain = loop._loss
+
+    def counted(state: TrainState, batch: list[Examples]) -> tuple[torch.Tensor, dict[str, float]]:
+        seen.append(sum(map(len, batch)))
+        return plain(state, batch)
+
+    monkeypatch.setattr(loop, "_loss", counted)
+    run_epochs(state, data, 0, 1, quiet)
+
+    assert max(seen) == 5
+    assert sum(seen) == len(data.validation)
+    rows = data.validation
+    vectors = student.routed(data.real.queries[rows], data.real.mixture.rows(rows).dense()).vectors
+    angles = squared_angles(Batch(vectors, data.real.teacher[rows], vectors))
+    assert state.history[0]["geodesic"] == pytest.approx(float(angles.mean()))
+    assert "Nothing of this student is trained" in loop.remarks(student)[0]
+    assert loop.remarks(make_student("rotor_product")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("canonical", {}),
+        ("rotor_product", {"router": "exact", "train_planes": True}),
+        ("rotor_product", {"router": "exact", "train_planes": False}),
+    ],
+)
+def test_terms_that_do_not_apply_to_a_student_are_refused(
+    name: str, changes: dict[str, object]
+) -> None:
     training = make_training(losses={"geodesic": 0, "cvar": 0, "retrieval_kl": 0, "router_kl": 1})
+    state = TrainState.start(make_student(name, **changes), training, seed=0)
     with pytest.raises(SpecInvalid, match="no term of weight above 0"):
-        run_epochs(start("canonical", training), make_data(training), 0, 1, quiet)
+        run_epochs(state, make_data(training), 0, 1, quiet)
 
 
 @pytest.mark.parametrize("scheduler", ["none", "cosine", "step"])
@@ -191,6 +233,48 @@ def test_made_queries_are_answered_by_the_teacher_without_their_parents() -> Non
         made.teacher, make_teacher().targets(made.queries, exclude_rows=rows)
     )
     torch.testing.assert_close(made.queries.norm(dim=1), torch.ones(20), rtol=1e-5, atol=0)
+
+
+def test_duplicates_are_one_query_everywhere() -> None:
+    teacher = RotationalTeacher(doubled(make_model()), Rotational())
+    half = len(make_model().queries)
+    data = training_data(teacher, answers(teacher), make_training(), seed=1)
+    number = torch.arange(2 * half) % half
+
+    assert set(number[data.validation].tolist()).isdisjoint(number[data.train].tolist())
+    assert len(data.validation) == 2 * round(0.1 * half)
+    near = number[data.neighbours]
+    assert not (near == number[:, None]).any()
+    assert all(len(set(row)) == len(row) for row in near.tolist())
+    once = teacher.mixture(data.real.queries, exclude_rows=torch.stack([number, number + half], 1))
+    torch.testing.assert_close(data.real.mixture.dense(), once.dense())
+
+    made = data.made(20, torch.Generator().manual_seed(3), lambda: None)
+    parents = number[data._parents(20, torch.Generator().manual_seed(3))]
+    every = torch.cat([parents, parents + half], dim=1)
+    wanted = teacher.targets(made.queries, exclude_rows=every)
+    torch.testing.assert_close(made.teacher, wanted)
+
+
+def test_too_few_distinct_queries_are_refused() -> None:
+    model = make_model()
+    three = np.arange(len(model.queries)) % 3
+    teacher = RotationalTeacher(replace(model, queries=model.queries[three]), Rotational())
+    with pytest.raises(DataInvalid, match="3 distinct training queries; at least 4"):
+        training_data(teacher, torch.from_numpy(model.targets), make_training(), seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slerp_goes_round_between_opposites_and_stands_still_between_equals(
+    dtype: torch.dtype,
+) -> None:
+    a = some_queries().to(dtype)
+    shares = torch.linspace(0, 1, len(a), dtype=dtype)[:, None]
+    for b, turn in ((-3 * a, math.pi), (3 * a, 0.0)):
+        between = slerp(a, b, shares)
+        torch.testing.assert_close(between.norm(dim=1, keepdim=True), 3**shares)
+        cosines = torch.cosine_similarity(a, between)
+        torch.testing.assert_close(cosines, (turn * shares[:, 0]).cos(), rtol=0, atol=1e-6)
 
 
 def test_targets_must_be_one_per_training_query() -> None:

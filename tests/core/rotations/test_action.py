@@ -122,6 +122,19 @@ def test_one_cluster_at_weight_one_is_the_rotation_itself() -> None:
     assert torch.allclose(turned, exact(queries, L, mixture), rtol=0, atol=1e-6)
 
 
+def test_the_anchor_comes_first_and_the_rotations_hold_it() -> None:
+    G = make.rotation(6, [0.4, 0.9, 2.2], seed=7)
+    L = torch.stack([make.bivector(6, [2.0, 1.0, 0.5], seed=i) for i in range(2)])
+    W = torch.stack([G @ make.rotation(6, [2.0, 1.0, 0.5], seed=i) for i in range(2)])
+    weights = torch.tensor([[0.0, 1.0], [0.3, 0.7], [1.0, 0.0]], dtype=torch.float64)
+    queries, mixture = make.unit_queries(3, 6), Mixture.from_dense(weights)
+
+    turned = exp_action(queries, L, mixture, tolerance=1e-12, anchor=G, rotations=W)
+
+    assert torch.allclose(turned, exact(queries @ G, L, mixture), rtol=0, atol=1e-12)
+    assert torch.equal(turned[0], (queries[:1] @ W[1])[0])
+
+
 def test_one_cluster_at_half_weight_is_half_the_rotation() -> None:
     W, L = make.rotation(4, [2.0, 1.0])[None], make.bivector(4, [2.0, 1.0])[None]
     queries = make.unit_queries(1, 4)
@@ -143,6 +156,40 @@ def test_scales_blend_geometrically(first: float, second: float) -> None:
 
     lengths = (mixture.dense() @ scales.log()).exp()
     assert torch.allclose(scaled, exp_action(queries, L, mixture) * lengths[:, None])
+
+
+@pytest.mark.parametrize("radius", [math.pi, 50 * math.pi, 314.16, 1000 * math.pi, 3141.6, 9999.0])
+def test_a_large_blend_is_as_exact_as_a_small_one(radius: float) -> None:
+    angles = [radius, radius / 3, 1.0]  # just above the edge of a bucket for multiples of pi
+    queries = make.unit_queries(3, 6)
+    whole = Mixture.from_dense(torch.ones(3, 1, dtype=torch.float64))
+    wanted = queries @ make.rotation(6, angles)
+
+    turned = exp_action(queries, make.bivector(6, angles)[None], whole, tolerance=1e-9)
+
+    assert float((turned - wanted).norm(dim=1).max()) <= 1e-9 + 1e-15 * radius**1.5
+
+
+def test_a_bucket_is_never_smaller_than_its_radius() -> None:
+    radii = torch.linspace(0, 100, 5001, dtype=torch.float64).outer(
+        torch.tensor([1.0, 1 + 1e-9, 1 + 1e-6], dtype=torch.float64)
+    )
+    radii = torch.cat([radii.flatten(), math.pi / 64 * torch.arange(1.0, 2000).double()])
+    none = Mixture.from_dense(torch.zeros(len(radii), 1))
+
+    planned = chebyshev.plan(none, radii, torch.arange(len(radii)), tolerance=1e-3)
+
+    assert bool((1 / planned.inverse_radii >= radii[planned.order] * (1 - 1e-15)).all())
+
+
+def test_pi_and_its_rounding_share_a_bucket_and_what_is_out_of_range_is_refused() -> None:
+    radii = math.pi * torch.tensor([1.0, 1 + 1e-9, 1 + 2e-6], dtype=torch.float64)
+    none = Mixture.from_dense(torch.zeros(3, 1))
+
+    assert set(chebyshev.plan(none, radii, torch.arange(3), tolerance=1e-6).degrees) == {11}
+    for bad in (10_001.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="allowed: at most 10000"):
+            chebyshev.plan(none, radii * bad, torch.arange(3), tolerance=1e-6)
 
 
 def test_small_weights_are_dropped_only_within_the_tolerance() -> None:

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from scipy.linalg import expm, logm
 
-from core.rotations.logarithm import rotation_log, split_scale_and_rotation
+from core.rotations.logarithm import rotation_log
 from tests.core.rotations import _make as make
 
 
@@ -97,69 +96,3 @@ def test_reflection_has_no_log(angles: list[float]) -> None:
 def test_matrix_far_from_orthogonal_has_no_log() -> None:
     with pytest.raises(ValueError, match="not orthogonal"):
         rotation_log(2 * torch.eye(3))
-
-
-@make.quick
-@given(make.angle_lists(), st.floats(1e-3, 1e3))
-def test_scale_and_rotation_are_told_apart(case: tuple[int, list[float]], scale: float) -> None:
-    W = make.rotation(*case)
-
-    parts = split_scale_and_rotation(scale * W)
-
-    assert float(parts.scales[0]) == pytest.approx(scale, rel=1e-12)
-    assert torch.allclose(parts.rotations[0], W, rtol=0, atol=1e-12)
-    assert not bool(parts.reflected[0])
-    assert float(parts.deviations[0]) <= 1e-13
-
-
-@make.quick
-@given(st.lists(make.ANGLES.filter(lambda angle: angle < 3.1), min_size=1, max_size=5))
-def test_reflection_is_undone_along_its_own_axis(angles: list[float]) -> None:
-    W, axis = make.rotation(2 * len(angles) + 1, angles), make.basis(2 * len(angles) + 1)[:, -1]
-
-    parts = split_scale_and_rotation(3 * (W - 2 * torch.outer(axis, axis)))
-
-    assert bool(parts.reflected[0])
-    assert torch.allclose(parts.rotations[0], W, rtol=0, atol=1e-11)
-    assert float(parts.scales[0]) == pytest.approx(3)
-
-
-@make.quick
-@given(make.angle_lists().filter(lambda case: case[0] > 1))
-def test_reflected_matrix_beside_any_angles_becomes_a_rotation_with_a_log(
-    case: tuple[int, list[float]],
-) -> None:
-    W = make.rotation(*case)
-    W[:, 0] *= -1
-
-    parts = split_scale_and_rotation(W)
-    log = rotation_log(parts.rotations)
-
-    assert float(torch.linalg.slogdet(parts.rotations[0]).sign) == 1
-    assert float(log.residuals[0]) <= 1e-13
-    assert np.linalg.matrix_rank((parts.rotations[0] - W).numpy(), tol=1e-6) == 1
-
-
-def test_far_from_orthogonal_the_split_is_the_polar_form() -> None:
-    W = torch.randn(7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    U, S, Vh = torch.linalg.svd(W)
-
-    parts = split_scale_and_rotation(W)
-
-    reflected = float(torch.linalg.slogdet(W).sign) < 0
-    assert bool(parts.reflected[0]) == reflected
-    assert float(parts.scales[0]) == pytest.approx(float(S.mean()))
-    expected = torch.linalg.norm(W - S.mean() * U @ Vh) / torch.linalg.norm(W)
-    assert float(parts.deviations[0]) == pytest.approx(float(expected))
-
-
-def test_zero_matrix_is_no_scaled_rotation() -> None:
-    with pytest.raises(ValueError, match="no scaled rotation"):
-        split_scale_and_rotation(torch.zeros(1, 3, 3))
-
-
-def test_empty_batch_splits_into_empty_parts() -> None:
-    parts = split_scale_and_rotation(torch.zeros(0, 3, 3))
-
-    assert parts.rotations.shape == (0, 3, 3)
-    assert parts.reflected.dtype == torch.bool
