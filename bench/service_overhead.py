@@ -28,6 +28,7 @@ from core.distill.report import write_report
 from core.distill.students._base import build_student
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
+from core.kinds.evaluate import TIMED_ROWS, TIMED_SECONDS
 from core.settings import Settings
 from core.specs.clusterings import KMeans
 from core.specs.students import RotorProduct
@@ -55,15 +56,28 @@ def plain(pairs_file: Path, folder: Path, *, clusters: int, seed: int) -> None:
     examples = training_data(teacher, answers, training, seed=seed)
     state = TrainState.start(build_student(RotorProduct(), teacher, seed), training, seed=seed)
     run_epochs(state, examples, 0, training.epochs, lambda done, total: None)
+    export_student(state.result(), folder)
+    judge(pairs, teacher, state, folder, seed=seed)
+
+
+def judge(
+    pairs: Pairs, teacher: RotationalTeacher, state: TrainState, folder: Path, *, seed: int
+) -> None:
+    """Evaluate, time every map and write the report, as the service's last job does."""
     student = state.result()
-    export_student(student, folder)
-    rows, dropped = evaluation.held_out(pairs, model)
+    rows, dropped = evaluation.held_out(pairs, teacher.model)
     queries = pairs.queries[rows].astype(np.float32)
     outputs = evaluation.baselines(teacher, queries)
     outputs["student"] = evaluation.student_vectors(student, queries)
     wanted = pairs.targets.astype(np.float32)
     judged = evaluation.evaluate(outputs, wanted, rows, seed=seed, dropped=dropped)
     write_report(folder, judged, title="plain", history=state.history)
+    batch = torch.from_numpy(np.resize(queries, (TIMED_ROWS, queries.shape[1])))
+    maps = evaluation.baseline_maps(teacher)
+    maps["student"] = student
+    for name, function in maps.items():
+        if name != evaluation.RAW:
+            evaluation.throughput(function, batch, seconds=TIMED_SECONDS)
 
 
 def plain_seconds(settings: Settings, folder: Path, seed: int) -> float:

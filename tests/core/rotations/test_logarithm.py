@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from scipy.linalg import expm, logm
 
-from core.rotations.logarithm import rotation_log
+from core.rotations.logarithm import _residual, rotation_log
+from core.rotations.skew import from_planes
 from tests.core.rotations import _make as make
 
 
@@ -96,3 +97,27 @@ def test_reflection_has_no_log(angles: list[float]) -> None:
 def test_matrix_far_from_orthogonal_has_no_log() -> None:
     with pytest.raises(ValueError, match="not orthogonal"):
         rotation_log(2 * torch.eye(3))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-3, 1.0])
+@pytest.mark.parametrize("planes", [1, 24])
+def test_residual_tells_how_wrong_a_logarithm_is(size: float, planes: int) -> None:
+    """Whether the error sits in one plane or in all, and also where L is far too long."""
+    d = 48
+    basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=_draws(3)))[0]
+    angles = torch.linspace(0.1, 3.0, d // 2, dtype=torch.float64)
+    right, wrong = (
+        from_planes(basis, angles + shift * (torch.arange(d // 2) < planes))
+        for shift in (0.0, size)
+    )
+    rotation = torch.linalg.matrix_exp(right)
+    exact = torch.linalg.norm(torch.linalg.matrix_exp(wrong) - rotation) / math.sqrt(d)
+
+    found = _residual(wrong, rotation, radius=4.0)
+
+    assert float(found) == pytest.approx(float(exact), rel=0.5, abs=1e-14)
+    assert float(_residual(wrong + 9 * wrong, rotation, radius=4.0)) > 1
+
+
+def _draws(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
