@@ -193,6 +193,7 @@ class UploadedView(View):
     upload_id: str
     file_name: str
     sha256: str
+    notes: list[str] = Field(description="What the import left out or mended, in words.")
 
 
 class ArtifactView(View):
@@ -251,6 +252,7 @@ class UploadView(View):
     received_bytes: int = Field(description="Send the next part with this as Upload-Offset.")
     part_limit_bytes: int = Field(description="The largest part taken by one PATCH.")
     artifact: str | None = Field(description="The SHA-256 of what it became.")
+    notes: list[str] = Field(description="What the import left out or mended, in words.")
     error: dict[str, Any] | None
 
     @classmethod

@@ -111,15 +111,16 @@ def upload(path: Path) -> None:
     if here.as_json:
         say_json(artifact)
         return
-    notes = artifact["meta"].get("notes", [])
-    facts = "  ".join(f"{k}={v}" for k, v in artifact["meta"].items() if k != "notes")
+    facts = "  ".join(f"{k}={v}" for k, v in artifact["meta"].items())
     say(f"sha256  {artifact['sha256']}")
     say(f"format  {artifact['format']}")
     say(f"size    {size(artifact['size_bytes'])}")
     if facts:
         say(f"facts   {facts}")
-    for note in notes if isinstance(notes, list) else [notes]:
-        say(f"note    {note}")
+    # The last one is this upload: the same content may have come before, with other notes.
+    for upload_row in artifact.get("uploaded_as", [])[-1:]:
+        for note in upload_row.get("notes", []):
+            say(f"note    {note}")
 
 
 COMMANDS = (get, upload)

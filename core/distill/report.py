@@ -73,7 +73,9 @@ def markdown(
 
     The pictures lie beside the report; ``trained``: there is a loss curve among them.
     """
-    dropped = f" ({evaluation.dropped} repeated queries left out)" if evaluation.dropped else ""
+    dropped = ""
+    if evaluation.dropped:
+        dropped = f" ({evaluation.dropped} left out: repeats, or queries the model was trained on)"
     lines = [
         f"# {title}",
         "",

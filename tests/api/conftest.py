@@ -111,12 +111,12 @@ def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:
     return body
 
 
-def pairs() -> bytes:
-    """A small file of pairs."""
+def pairs(**more: Any) -> bytes:
+    """A small file of pairs, and whatever else is to lie in it."""
     rng = np.random.default_rng(0)
     file = io.BytesIO()
     arrays = {name: rng.normal(size=(8, 4)) for name in ("query_embeddings", "target_embeddings")}
-    np.savez(file, **arrays)
+    np.savez(file, **arrays, **more)
     return file.getvalue()
 
 

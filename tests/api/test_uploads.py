@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -55,13 +56,24 @@ def test_file_sent_in_parts_becomes_an_artifact_with_lineage(client: TestClient)
     assert artifact["format"] == "pairs"
     assert artifact["produced_by"] == []
     named = {"upload_id": opened["id"], "file_name": "pairs.npz", "sha256": opened["sha256"]}
-    assert artifact["uploaded_as"] == [named]
+    notes = ["no ids in the file: row numbers are used"]
+    assert artifact["uploaded_as"] == [{**named, "notes": notes}]
     assert client.post(f"{url}/complete").json() == artifact
     assert client.get(f"/v1/artifacts/{artifact['sha256']}").json() == artifact
     stored = client.get(f"/v1/artifacts/{artifact['sha256']}/content").content
     assert hashlib.sha256(stored).hexdigest() == artifact["sha256"]
     shown = client.get(url).json()
     assert (shown["state"], shown["artifact"]) == ("complete", artifact["sha256"])
+
+
+def test_what_an_import_left_out_is_told_with_the_upload_it_was_in(client: TestClient) -> None:
+    first, second = (upload(client, content) for content in (pairs(), pairs(foo=np.zeros(3))))
+    same = client.post(f"{first}/complete").json()
+    told = client.post(f"{second}/complete").json()
+
+    assert told["sha256"] == same["sha256"], "the canonical bytes are equal"
+    assert ["foo" in " ".join(sent["notes"]) for sent in told["uploaded_as"][-2:]] == [False, True]
+    assert "foo" in " ".join(client.get(second).json()["notes"])
 
 
 def test_wrong_offset_is_409_and_changes_nothing(client: TestClient) -> None:

@@ -285,9 +285,11 @@ def complete(handler: Handler, found: re.Match[str]) -> None:
     upload |= {"state": "complete", "artifact": world.put(b"canonical " + sent)}
     if handler.fault is not None and handler.fault.what == "cut":
         return handler.hang_up()
-    meta = {"rows": 6, "dim": 3, "notes": ["mended"]}
+    meta = {"rows": 6, "dim": 3}
     found_as = {"sha256": upload["artifact"], "format": "pairs", "size_bytes": len(sent) + 10}
-    return handler.send_json({**found_as, "file_name": upload["file_name"], "meta": meta}, 201)
+    sent_as = [{"upload_id": upload["id"], "file_name": "x", "sha256": "x", "notes": ["mended"]}]
+    shown = {**found_as, "file_name": upload["file_name"], "meta": meta, "uploaded_as": sent_as}
+    return handler.send_json(shown, 201)
 
 
 ROUTES: list[tuple[str, str, Route]] = [

@@ -63,7 +63,9 @@ def from_members(
     model = _assemble(ids, temperature, routing, centroids, parts)
     save_federated(target, model)
     if mended := model.manifest["reflected_clusters"]:
-        notes.append(f"{len(mended)} clusters had determinant -1 and were reflected")
+        notes.append(
+            f"reflected, for their determinant was -1: clusters {', '.join(map(str, mended))}"
+        )
     return model.meta(), notes
 
 

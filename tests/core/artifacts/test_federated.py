@@ -121,7 +121,7 @@ def test_a_reflection_is_mended_along_its_own_axis(here: Reader) -> None:
 
     back = load_federated(found.path)
     assert back.manifest["reflected_clusters"] == ["cluster_2"]
-    assert "1 clusters had determinant -1 and were reflected" in found.notes
+    assert "reflected, for their determinant was -1: clusters cluster_2" in found.notes
     mended = back.scales[2] * back.rotations[2].astype(np.float64)
     change = np.linalg.svd(mended - w, compute_uv=False)
     np.testing.assert_allclose(change, [3, 0, 0, 0, 0, 0, 0], atol=1e-5)

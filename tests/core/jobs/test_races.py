@@ -86,29 +86,35 @@ def together(*works: Callable[[], Any]) -> list[Any]:
         return list(pool.map(safely, works))
 
 
-def test_a_job_submitted_while_its_upstream_finishes_is_planned(
-    engine: Engine, clock: Clock, store: LocalStore, fit: str
-) -> None:
-    """Whoever commits first, the other must see it: else the job would wait for ever."""
-    last: Claim = claim(engine, clock)
-    made = model_file(store, clock)
+def submit_while(engine: Engine, clock: Clock, fit: str, other: Callable[[], None]) -> str:
+    """Submit a job that reads a fit's model; ``other`` happens in the middle of it."""
     submitting = threading.Event()
+    spec = kinds()["cache_targets"].spec.model_validate(
+        {"kind": "cache_targets", "model": f"{fit}/model"}
+    )
 
     def submits() -> str:
-        spec = kinds()["cache_targets"].spec.model_validate(
-            {"kind": "cache_targets", "model": f"{fit}/model"}
-        )
         with transaction(engine) as session:
             planning.resolve(session, spec)  # the upstream's state is read, nothing written yet
             submitting.set()
             time.sleep(0.5)
             return service.submit(session, spec, now=clock()).id
 
-    def finishes() -> None:
+    def interferes() -> None:
         submitting.wait()
-        finish(engine, last, clock, made)
+        other()
 
-    job_id, _ = together(submits, finishes)
+    job_id: str = together(submits, interferes)[0]
+    return job_id
+
+
+def test_a_job_submitted_while_its_upstream_finishes_is_planned(
+    engine: Engine, clock: Clock, store: LocalStore, fit: str
+) -> None:
+    """Whoever commits first, the other must see it: else the job would wait for ever."""
+    last: Claim = claim(engine, clock)
+    made = model_file(store, clock)
+    job_id = submit_while(engine, clock, fit, lambda: finish(engine, last, clock, made))
 
     assert state(engine, fit) == "succeeded"
     assert state(engine, job_id) == "queued"
@@ -117,24 +123,11 @@ def test_a_job_submitted_while_its_upstream_finishes_is_planned(
 def test_a_job_submitted_while_its_upstream_is_cancelled_does_not_wait(
     engine: Engine, clock: Clock, fit: str
 ) -> None:
-    submitting = threading.Event()
-
-    def submits() -> str:
-        spec = kinds()["cache_targets"].spec.model_validate(
-            {"kind": "cache_targets", "model": f"{fit}/model"}
-        )
-        with transaction(engine) as session:
-            planning.resolve(session, spec)  # the upstream's state is read, nothing written yet
-            submitting.set()
-            time.sleep(0.5)
-            return service.submit(session, spec, now=clock()).id
-
     def cancels() -> None:
-        submitting.wait()
         with transaction(engine) as session:
             service.cancel(session, fit, now=clock())
 
-    job_id, _ = together(submits, cancels)
+    job_id = submit_while(engine, clock, fit, cancels)
 
     assert state(engine, job_id) == "failed"
 
