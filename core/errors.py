@@ -12,6 +12,8 @@ class StillroomError(Exception):
 
     status = 500
     retryable = False
+    attempts = 1
+    """How often a chunk that ends in this error is tried in all; settings may say otherwise."""
 
     def __init__(self, message: str, *, pointer: str | None = None) -> None:
         super().__init__(message)
@@ -48,6 +50,25 @@ class TooLarge(StillroomError):
     status = 413
 
 
+class Unauthorized(StillroomError):
+    """No key, or none that is known, valid and unrevoked."""
+
+    status = 401
+
+
+class Forbidden(StillroomError):
+    """The key is known and its scopes do not reach so far."""
+
+    status = 403
+
+
+class QuotaExceeded(StillroomError):
+    """The project is at a limit; the message names the limit and what is in use."""
+
+    status = 429
+    retryable = True
+
+
 class NotFound(StillroomError):
     """No such thing, or not yours to see."""
 
@@ -78,6 +99,19 @@ class Cancelled(StillroomError):
     status = 409
 
 
+class HandedBack(StillroomError):
+    """The chunk was given back to the queue: its job is paused, or its worker stops."""
+
+    status = 409
+    retryable = True
+
+
+class DeadlinePassed(StillroomError):
+    """The job was not done by its deadline."""
+
+    status = 409
+
+
 class UpstreamFailed(StillroomError):
     """A job this one takes its input from did not succeed."""
 
@@ -88,6 +122,14 @@ class WorkerLost(StillroomError):
     """The process that ran the chunk vanished."""
 
     retryable = True
+    attempts = 5
+
+
+class Stalled(StillroomError):
+    """The chunk reported no progress for its stall limit, so its process was ended."""
+
+    retryable = True
+    attempts = 2
 
 
 class OutOfMemory(StillroomError):
@@ -98,3 +140,4 @@ class ChunkCrashed(StillroomError):
     """A chunk raised something nobody foresaw; tried again in case it passes."""
 
     retryable = True
+    attempts = 3

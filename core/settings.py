@@ -32,12 +32,34 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL; null: SQLite in data_dir.")
     host: str = "127.0.0.1"
     port: int = Field(8321, ge=1, le=65_535)
-    api_key: SecretStr | None = Field(None, min_length=16, description="Asked of every request.")
+    api_key: SecretStr | None = Field(
+        None, min_length=16, description="The operator's key: every scope, the first project."
+    )
+    broker_url: SecretStr | None = Field(
+        None, description="redis:// or rediss://; makes this the team mode."
+    )
+    key_secret: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="Keys are stored as HMAC-SHA256 under it; null: made once in data_dir.",
+    )
+    metrics_key: SecretStr | None = Field(
+        None, min_length=16, description="Opens /metrics and nothing else."
+    )
+    otel_endpoint: str | None = Field(
+        None, description="OTLP over HTTP, such as http://collector:4318; null: no traces."
+    )
+    node: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of this machine; null: its own."
+    )
     devices: tuple[str, ...] = Field(
         (), description="One embedded worker each, as JSON; empty: every GPU, or one on the CPU."
     )
     threads: int | None = Field(None, ge=1, description="Per worker; null: cores over workers.")
-    lease: Duration = timedelta(seconds=30)
+    memory_bytes: int | None = Field(
+        None, ge=1 << 20, description="What a worker offers; null: what its device has."
+    )
+    lease: Duration = timedelta(seconds=20)
     poll: Duration = timedelta(milliseconds=200)
     stall_limit: Duration = Field(
         timedelta(minutes=15), description="A chunk that reports no progress for so long is ended."
@@ -45,7 +67,27 @@ class Settings(BaseSettings):
     stop_limit: Duration = Field(
         timedelta(seconds=30), description="A cancelled chunk that runs on for so long is ended."
     )
-    max_failures: int = Field(3, ge=1, description="Tries of a chunk before its job fails.")
+    soft_stop: Duration = Field(
+        timedelta(seconds=60),
+        description="A worker told to end gives its chunk back after so long.",
+    )
+    attempts: dict[str, Annotated[int, Field(ge=1, le=100)]] = Field(
+        default_factory=dict,
+        description="Error code -> tries of a chunk in all, over the product's own table.",
+    )
+    retry_wait: Duration = Field(
+        timedelta(seconds=5),
+        description="Until a chunk is tried again where it failed; others may at once.",
+    )
+    usage_half_life: Duration = Field(
+        timedelta(days=1), description="Device time that a project used counts half after so long."
+    )
+    entry_penalty: Duration = Field(
+        timedelta(seconds=10), description="A chunk that starts counts so long at once."
+    )
+    rate_limit: str | None = Field(
+        None, description="Requests of one key, such as 600/minute; null: none."
+    )
     body_limit_bytes: int = Field(1 << 20, ge=1024, description="Of a JSON body.")
     part_limit_bytes: int = Field(64 << 20, ge=1 << 16, description="Of one upload part.")
     upload_limit_bytes: int = Field(8 << 30, ge=1 << 20, description="Of one uploaded file.")
@@ -73,12 +115,40 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _open_door(self) -> "Settings":
-        if self.api_key is None and not self.loopback:
+        if self.api_key is not None:
+            return self
+        if not self.loopback:
             raise ValueError(
                 f"host {self.host!r} is reachable from outside: set STILL_API_KEY to at least "
                 "16 characters, or bind to 127.0.0.1"
             )
+        if self.broker_url is not None:
+            raise ValueError("team mode needs STILL_API_KEY, of at least 16 characters")
         return self
+
+    @model_validator(mode="after")
+    def _whole_team(self) -> "Settings":
+        if self.broker_url is None:
+            return self
+        scheme = self.broker_url.get_secret_value().partition("://")[0]
+        if scheme not in ("redis", "rediss"):
+            raise ValueError("STILL_BROKER_URL must begin with redis:// or rediss://")
+        if not (self.database_url or "").startswith("postgresql"):
+            raise ValueError(
+                "team mode (STILL_BROKER_URL is set) needs STILL_DATABASE_URL to name a "
+                "PostgreSQL database: postgresql+psycopg://user:password@host/name"
+            )
+        return self
+
+    @cached_property
+    def team(self) -> bool:
+        """Whether workers are processes of their own that hear of work through a broker."""
+        return self.broker_url is not None
+
+    @cached_property
+    def node_name(self) -> str:
+        """The name of this machine in the pool."""
+        return self.node or socket.gethostname()
 
     @cached_property
     def loopback(self) -> bool:

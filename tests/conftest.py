@@ -14,8 +14,9 @@ from sqlalchemy import Engine, create_engine, text
 from core.artifacts.store import LocalStore
 from core.db.session import make_engine, upgrade
 from core.jobs.lease import Rules
+from core.jobs.pool import Place
 from core.jobs.runner import Runner
-from core.jobs.service import new_id
+from core.jobs.ids import new_id
 
 
 class Clock:
@@ -92,7 +93,7 @@ def make_runner(
         store=store,
         scratch=tmp_path / "scratch" / owner,
         owner=owner,
-        device="cpu",
+        place=Place(node=f"host:{owner}", device="cpu", memory_bytes=1 << 40),
         clock=clock,
         rules=Rules(),
         on_stuck=lambda: None,

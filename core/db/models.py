@@ -12,6 +12,7 @@ from sqlalchemy import (
     MetaData,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -48,23 +49,122 @@ class Base(DeclarativeBase):
     type_annotation_map = {datetime: Instant(), dict[str, Any]: JSON(), int: BigInteger()}  # noqa: RUF012
 
 
+class Project(Base):
+    """Who shares the pool. ``usage`` is device time in seconds, decayed as of ``usage_at``."""
+
+    __tablename__ = "projects"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    weight: Mapped[float] = mapped_column(default=1.0)
+    running_limit: Mapped[int | None]
+    """Of chunks at once; null: none."""
+    queued_limit: Mapped[int | None]
+    """Of jobs that are not over."""
+    storage_limit_bytes: Mapped[int | None]
+    usage: Mapped[float] = mapped_column(default=0.0)
+    usage_at: Mapped[datetime]
+    created_at: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """What proves who asks: only an HMAC of the secret is kept."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    name: Mapped[str]
+    prefix: Mapped[str]
+    """The first characters of the key, to know it by."""
+    digest: Mapped[str] = mapped_column(unique=True)
+    scopes: Mapped[list[str]] = mapped_column(JSON())
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class AuditEntry(Base):
+    """Who changed what, and when; written with the change."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
+    at: Mapped[datetime]
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    actor: Mapped[str]
+    """The id of the key, or ``local``."""
+    action: Mapped[str]
+    target: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    __table_args__ = (Index(None, "project_id", "id"), {"sqlite_autoincrement": True})
+
+
 class Job(Base):
-    """A spec with a life."""
+    """A spec with a life. What sums up its chunks is kept here, under the lock of this row."""
 
     __tablename__ = "jobs"
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     kind: Mapped[str]
     name: Mapped[str | None]
     spec: Mapped[dict[str, Any]]
     labels: Mapped[dict[str, Any]]
-    priority: Mapped[int]
+    rank: Mapped[int]
+    """100 - priority: the queue's index runs one way only."""
     state: Mapped[str]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    submitted_by: Mapped[str | None]
+    """The id of a key, or ``local``."""
+    retry_of: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
+    """The job that this one goes on with."""
+    trace: Mapped[str | None]
+    """W3C traceparent of the request that submitted it."""
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "created_at", "id"), Index(None, "state", "created_at"))
+    deadline_at: Mapped[datetime | None]
+    stage: Mapped[str | None]
+    """The stage that runs or comes next."""
+    chunks: Mapped[int | None]
+    """Null until planned."""
+    chunks_over: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    device_seconds: Mapped[float] = mapped_column(default=0.0)
+    cache_hits: Mapped[int] = mapped_column(default=0)
+    __table_args__ = (
+        Index(None, "project_id", "created_at", "id"),
+        Index(None, "kind", "state", "created_at"),
+        Index(
+            "ix_jobs_queue",
+            "project_id",
+            "rank",
+            "created_at",
+            "id",
+            sqlite_where=text("state IN ('queued', 'running')"),
+            postgresql_where=text("state IN ('queued', 'running')"),
+        ),
+        Index(
+            "ix_jobs_deadline",
+            "deadline_at",
+            sqlite_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
+            postgresql_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_jobs_open",
+            "state",
+            "project_id",
+            sqlite_where=text("finished_at IS NULL"),
+            postgresql_where=text("finished_at IS NULL"),
+        ),
+    )
+
+    @property
+    def priority(self) -> int:
+        """From 0 to 100, the highest first."""
+        return 100 - self.rank
 
 
 class JobInput(Base):
@@ -91,16 +191,50 @@ class Chunk(Base):
     index: Mapped[int]
     chained: Mapped[bool]
     state: Mapped[str]
+    device: Mapped[str | None]
+    """The kind it asks for, cpu or gpu; null: any."""
+    memory_bytes: Mapped[int] = mapped_column(default=0)
+    """Of the device, at least."""
     attempt: Mapped[int] = mapped_column(default=0)
-    failures: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[dict[str, Any]] = mapped_column(JSON(), default=dict)
+    """Error code -> how many attempts it ended."""
+    failed_on: Mapped[str | None]
+    """The node of the last failure: another may try at once, the same one from ``retry_at``."""
+    retry_at: Mapped[datetime | None]
     owner: Mapped[str | None]
     lease_until: Mapped[datetime | None]
+    score: Mapped[float | None]
+    """How good its checkpoint is; the lowest of a stage is kept."""
     progress: Mapped[float] = mapped_column(default=0.0)
     seconds: Mapped[float] = mapped_column(default=0.0)
     """Device time of all attempts."""
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
-    __table_args__ = (UniqueConstraint("job_id", "stage_index", "index"), Index(None, "state"))
+    __table_args__ = (
+        UniqueConstraint("job_id", "stage_index", "index"),
+        Index(
+            "ix_chunks_ready",
+            "job_id",
+            "stage_index",
+            "index",
+            sqlite_where=text("state = 'ready'"),
+            postgresql_where=text("state = 'ready'"),
+        ),
+        Index(
+            "ix_chunks_running",
+            "lease_until",
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+        Index(
+            "ix_chunks_open",
+            "job_id",
+            "stage_index",
+            "index",
+            sqlite_where=text("state NOT IN ('done', 'skipped')"),
+            postgresql_where=text("state NOT IN ('done', 'skipped')"),
+        ),
+    )
 
 
 class Artifact(Base):
@@ -130,6 +264,8 @@ class Output(Base):
     file_name: Mapped[str]
     cached: Mapped[bool]
     """Found under its cache key, not computed."""
+    pinned: Mapped[bool] = mapped_column(default=False)
+    """A checkpoint that retention leaves alone."""
     created_at: Mapped[datetime]
 
 
@@ -173,6 +309,7 @@ class Upload(Base):
     __tablename__ = "uploads"
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     file_name: Mapped[str]
     size_bytes: Mapped[int]
     sha256: Mapped[str]
@@ -183,6 +320,7 @@ class Upload(Base):
     """What the import left out or mended, in words."""
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
+    __table_args__ = (Index(None, "project_id", "created_at"),)
 
 
 class IdempotencyKey(Base):
@@ -190,6 +328,7 @@ class IdempotencyKey(Base):
 
     __tablename__ = "idempotency_keys"
 
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     body_sha256: Mapped[str]
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
@@ -205,12 +344,35 @@ class ServiceFact(Base):
     value: Mapped[str]
 
 
+class Node(Base):
+    """A place that workers start on again and again: what is known of it outlives them."""
+
+    __tablename__ = "nodes"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """``host:device``."""
+    state: Mapped[str] = mapped_column(default="active")
+    """active; draining (finishes its chunk, takes no other); excluded (failed too often)."""
+    note: Mapped[str | None]
+    """Why it is not active."""
+    blamed: Mapped[int] = mapped_column(default=0)
+    """Chunks that failed here and succeeded elsewhere, since the last that succeeded here."""
+    updated_at: Mapped[datetime]
+
+
 class Worker(Base):
-    """A process that runs chunks, and when it was last heard of."""
+    """A process that runs chunks on one device, and when it was last heard of."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"))
     device: Mapped[str]
+    """``cpu`` or ``cuda:0``."""
+    kind: Mapped[str]
+    """``cpu`` or ``gpu``: its pool."""
+    memory_bytes: Mapped[int]
+    threads: Mapped[int]
+    busy_seconds: Mapped[float] = mapped_column(default=0.0)
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]

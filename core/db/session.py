@@ -70,8 +70,28 @@ def insert_new(session: Session, table: type[Base], values: Mapping[str, Any]) -
 
 def upgrade(engine: Engine, *, revision: str = "head") -> None:
     """Bring the schema to ``revision``; safe to call at every start."""
+    with migrating(engine) as config:
+        command.upgrade(config, revision)
+
+
+@contextmanager
+def migrating(engine: Engine) -> Iterator[Config]:
+    """Yield Alembic's configuration on one transaction; commits at the end."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
+    with engine.connect() as connection:
+        sqlite_file = engine.dialect.name == "sqlite"
+        if sqlite_file:
+            # SQLite changes a table by making it anew: rows that refer to it must not mind.
+            _pragma(connection, "foreign_keys=OFF")
+        with connection.begin():
+            config.attributes["connection"] = connection
+            yield config
+        if sqlite_file:
+            _pragma(connection, "foreign_keys=ON")
+
+
+def _pragma(connection: Connection, text: str) -> None:
+    """Set a pragma outside any transaction, where alone it takes effect."""
+    raw: Any = connection.connection.driver_connection
+    raw.execute(f"PRAGMA {text}").close()

@@ -5,12 +5,12 @@ import shutil
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from sqlalchemy import Engine, select
+from sqlalchemy import ColumnElement, Engine, and_, delete, select
 from sqlalchemy.orm import Session
 
 from core.artifacts.store import Store
-from core.db.models import Artifact, Chunk, ServiceFact
-from core.db.session import insert_new, reading
+from core.db.models import Artifact, CacheEntry, Chunk, JobInput, Output, ServiceFact, Upload
+from core.db.session import insert_new, reading, transaction
 from core.errors import Conflict
 from core.jobs.states import ChunkState
 
@@ -36,7 +36,7 @@ def bind_store(session: Session, store_id: str) -> None:
 
 
 def tidy(engine: Engine, store: Store, scratch: Path, *, now: datetime) -> list[str]:
-    """Remove folders of attempts that no longer run, orphan blobs and stale temp files.
+    """Remove folders of attempts that no longer run, and sweep.
 
     Returns:
         What was removed, by name.
@@ -46,9 +46,43 @@ def tidy(engine: Engine, store: Store, scratch: Path, *, now: datetime) -> list[
         if not _still_runs(engine, folder.name):
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder.name)
-    return removed + store.sweep(
-        lambda sha256: _referenced(engine, sha256), older_than=ORPHANED_AFTER, now=now
+    return removed + sweep(engine, store, now=now)
+
+
+def sweep(engine: Engine, store: Store, *, now: datetime, dry_run: bool = False) -> list[str]:
+    """Remove artifacts that nothing names, orphan blobs and stale temp files.
+
+    Something names an artifact while a job made it, an upload became it, the cache knows it or a
+    job reads it; so a job's outputs never expire by themselves.
+
+    Returns:
+        The hashes (and temp files) that went, or with ``dry_run`` would go.
+    """
+    unnamed = _unnamed(now - ORPHANED_AFTER)
+    with reading(engine) as session:
+        doomed = session.scalars(select(Artifact.sha256).where(unnamed)).all()
+    if not dry_run and doomed:
+        with transaction(engine) as session:
+            gone = delete(Artifact).where(unnamed).returning(Artifact.sha256)
+            doomed = session.scalars(gone.execution_options(synchronize_session=False)).all()
+    old = set(doomed)
+    return store.sweep(
+        lambda sha256: sha256 not in old and _referenced(engine, sha256),
+        older_than=ORPHANED_AFTER,
+        now=now,
+        dry_run=dry_run,
     )
+
+
+def _unnamed(before: datetime) -> ColumnElement[bool]:
+    """Artifacts made before an instant that no row speaks of."""
+    names = (
+        select(Output.name).where(Output.sha256 == Artifact.sha256),
+        select(Upload.id).where(Upload.artifact == Artifact.sha256),
+        select(CacheEntry.key).where(CacheEntry.sha256 == Artifact.sha256),
+        select(JobInput.field).where(JobInput.sha256 == Artifact.sha256),
+    )
+    return and_(Artifact.created_at < before, *(~query.exists() for query in names))
 
 
 def _still_runs(engine: Engine, name: str) -> bool:

@@ -1,29 +1,54 @@
 """Who owns a running chunk, and until when. Every write is guarded by the attempt number."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Artifact, CacheEntry, Chunk, Job, MetricPoint, Output
-from core.db.session import insert_new, reading
-from core.errors import LeaseLost, StillroomError, WorkerLost
-from core.jobs import events, planning
-from core.jobs.states import OPEN_CHUNKS, TERMINAL, ChunkState, JobState, move
+from core.db.models import Chunk, Job, MetricPoint, Worker
+from core.db.session import insert_new
+from core.errors import LeaseLost, StillroomError
+from core.jobs import adoption, events, planning, pool, shares
+from core.jobs.adoption import Stored
+from core.jobs.pool import Place
+from core.jobs.scheduler import Candidate
+from core.jobs.shares import Fairness
+from core.jobs.states import RUNNING_CHUNK, TERMINAL, ChunkState, JobState, move
 from core.kinds._base import Metric
+from core.settings import Settings
 
 
 @dataclass(frozen=True)
 class Rules:
     """How long a lease lasts, how often a chunk is tried, and when one counts as stuck."""
 
-    lease: timedelta = timedelta(seconds=30)
-    max_failures: int = 3
+    lease: timedelta = timedelta(seconds=20)
+    attempts: Mapping[str, int] = field(default_factory=dict)
+    """Error code -> tries in all, over what the error's class says."""
     stall_limit: timedelta = timedelta(minutes=15)
     stop_limit: timedelta = timedelta(seconds=30)
+    retry_wait: timedelta = timedelta(seconds=5)
+    """Before a chunk is tried again where it failed; doubles with each failure."""
+    fairness: Fairness = field(default_factory=Fairness)
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Rules":
+        """Take what the operator decided."""
+        return cls(
+            lease=settings.lease,
+            attempts=settings.attempts,
+            stall_limit=settings.stall_limit,
+            stop_limit=settings.stop_limit,
+            retry_wait=settings.retry_wait,
+            fairness=Fairness(settings.usage_half_life, settings.entry_penalty),
+        )
+
+    def tries(self, error: StillroomError) -> int:
+        """Return how often a chunk that ends in this error is tried in all."""
+        return self.attempts.get(error.code(), error.attempts) if error.retryable else 1
 
 
 @dataclass(frozen=True)
@@ -32,58 +57,37 @@ class Claim:
 
     chunk_id: int
     job_id: str
+    kind: str
     attempt: int
     stage: str
     stage_index: int
     index: int
     chunks: int
     """Of the stage."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A ready chunk that the scheduler proposes."""
-
-    chunk_id: int
-    job_id: str
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A produced file that is in the store, waiting for its rows."""
-
-    name: str
-    role: str
-    sha256: str
-    size_bytes: int
-    format: str
-    media_type: str
-    file_name: str
-    meta: dict[str, Any]
-    cache_key: str | None
-    cached: bool
-    """Found under its cache key, not computed."""
+    node: str
+    stall_limit: timedelta
+    trace: str | None
 
 
 def claim(
-    session: Session, best: Candidate, *, owner: str, now: datetime, lease: timedelta
+    session: Session, best: Candidate, *, owner: str, place: Place, now: datetime, rules: Rules
 ) -> Claim | None:
     """Take the chunk ``best`` for ``owner``; None where it is gone.
 
-    The attempt and the failure count rise before any work starts: a chunk that kills its worker
-    is counted too, and a success takes the count back.
+    The attempt rises before any work starts, so that a chunk that kills its worker is counted too.
     """
     # Every writer locks the job first, then its chunks: the one order, so no deadlock.
-    job = session.get_one(Job, best.job_id, with_for_update=True)
+    job = session.get_one(Job, best.job_id, with_for_update=True, populate_existing=True)
+    if job.state not in (JobState.QUEUED, JobState.RUNNING):
+        return None
     chunk = session.scalar(
         update(Chunk)
         .where(Chunk.id == best.chunk_id, Chunk.state == ChunkState.READY)
         .values(
             state=ChunkState.RUNNING,
             attempt=Chunk.attempt + 1,
-            failures=Chunk.failures + 1,
             owner=owner,
-            lease_until=now + lease,
+            lease_until=now + rules.lease,
             started_at=now,
             finished_at=None,
             progress=0.0,
@@ -92,32 +96,38 @@ def claim(
     )
     if chunk is None:
         return None
+    job.attempts += 1
     if job.state == JobState.QUEUED:
+        begun = "job.started" if job.started_at is None else "job.resumed"
         move(session, job, JobState.RUNNING, now=now)
-        events.record(session, job.id, "job.started", now=now)
-    count = select(func.count()).where(
+        events.record(session, job.id, begun, now=now, worker=owner)
+    last = select(func.max(Chunk.index)).where(
         Chunk.job_id == chunk.job_id, Chunk.stage_index == chunk.stage_index
     )
+    own_limit = job.spec.get("stall_limit_s")
     return Claim(
         chunk_id=chunk.id,
         job_id=chunk.job_id,
+        kind=job.kind,
         attempt=chunk.attempt,
         stage=chunk.stage,
         stage_index=chunk.stage_index,
         index=chunk.index,
-        chunks=session.scalar(count) or 0,
+        chunks=(session.scalar(last) or 0) + 1,
+        node=place.node,
+        stall_limit=timedelta(seconds=own_limit) if own_limit else rules.stall_limit,
+        trace=job.trace,
     )
 
 
-def renew(session: Session, claim: Claim, *, until: datetime, progress: float) -> bool:
-    """Extend the lease and show the progress; return whether the job is being cancelled.
+def renew(session: Session, claim: Claim, *, until: datetime, progress: float) -> JobState:
+    """Extend the lease and show the progress; return how the job stands.
 
     Raises:
         LeaseLost: another attempt owns the chunk.
     """
     _guarded(session, claim, lease_until=until, progress=progress)
-    state = session.scalar(select(Job.state).where(Job.id == claim.job_id))
-    return state == JobState.CANCELLING
+    return JobState(session.scalars(select(Job.state).where(Job.id == claim.job_id)).one())
 
 
 def _guarded(session: Session, claim: Claim, **values: Any) -> Chunk:
@@ -146,199 +156,162 @@ def finish(
     metrics: Sequence[Metric],
     stage_done: bool,
     now: datetime,
-) -> None:
+    rules: Rules,
+    score: float | None = None,
+) -> bool:
     """Adopt what a chunk made and make ready what comes next, all in this transaction.
+
+    Returns:
+        Whether other workers may have something to do now.
 
     Raises:
         LeaseLost: the attempt was superseded; nothing is written.
     """
-    job = session.get_one(Job, claim.job_id, with_for_update=True)
+    job = _lock(session, claim.job_id)
+    cancelled = job.state == JobState.CANCELLING
     chunk = _guarded(
         session,
         claim,
-        state=ChunkState.DONE,
+        state=ChunkState.CANCELLED if cancelled else ChunkState.DONE,
         finished_at=now,
         lease_until=None,
         progress=1.0,
-        failures=Chunk.failures - 1,
+        score=score,
     )
-    seconds = _count_seconds(chunk, now=now)
-    if job.state == JobState.CANCELLING:
-        _stop_if_idle(session, job, now=now)
-        return
-    for file in stored:
-        _adopt(session, claim, file, now=now)
-    points = [{"job_id": job.id, "name": m.name, "step": m.step, "value": m.value} for m in metrics]
-    for point in points:
-        insert_new(session, MetricPoint, point)
-    facts = {"stage": claim.stage, "index": claim.index, "of": claim.chunks}
-    events.record(session, job.id, "chunk.done", now=now, **facts, seconds=seconds)
-    _advance(session, job, chunk, stage_done=stage_done, now=now)
+    seconds = count_seconds(session, job, chunk, now=now)
+    more = False
+    if not cancelled:
+        adoption.adopt(session, job, chunk, stored, now=now)
+        for m in metrics:
+            point = {"job_id": job.id, "name": m.name, "step": m.step, "value": m.value}
+            insert_new(session, MetricPoint, point)
+        facts = {"stage": claim.stage, "index": claim.index, "of": claim.chunks}
+        about = {"seconds": seconds, "worker": chunk.owner, "attempt": claim.attempt}
+        events.record(session, job.id, "chunk.done", now=now, **facts, **about)
+        more = adoption.advance(session, job, chunk, stage_done=stage_done, now=now)
+        _judge_nodes(session, chunk, claim.node, now=now)
+    settle(session, job, now=now)
+    shares.charge(session, job.project_id, seconds, now=now, fairness=rules.fairness)
+    return more
 
 
-def _count_seconds(chunk: Chunk, *, now: datetime) -> float:
-    """Add this attempt's device time to the chunk's and return it."""
+def _lock(session: Session, job_id: str) -> Job:
+    return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+
+
+def count_seconds(session: Session, job: Job, chunk: Chunk, *, now: datetime) -> float:
+    """Add this attempt's device time to the chunk's, the job's and the worker's; return it."""
     seconds = (now - chunk.started_at).total_seconds() if chunk.started_at else 0.0
     chunk.seconds += seconds
+    job.device_seconds += seconds
+    session.execute(
+        update(Worker)
+        .where(Worker.id == chunk.owner)
+        .values(busy_seconds=Worker.busy_seconds + seconds)
+    )
     return seconds
 
 
-def _adopt(session: Session, claim: Claim, file: Stored, *, now: datetime) -> None:
-    insert_new(
-        session,
-        Artifact,
-        {
-            "sha256": file.sha256,
-            "size_bytes": file.size_bytes,
-            "format": file.format,
-            "media_type": file.media_type,
-            "file_name": file.file_name,
-            "meta": file.meta,
-            "created_at": now,
-        },
-    )
-    insert_new(
-        session,
-        Output,
-        {
-            "chunk_id": claim.chunk_id,
-            "name": file.name,
-            "job_id": claim.job_id,
-            "role": file.role,
-            "sha256": file.sha256,
-            "file_name": file.file_name,
-            "cached": file.cached,
-            "created_at": now,
-        },
-    )
-    if file.cache_key is not None:
-        values = {"key": file.cache_key, "sha256": file.sha256, "created_at": now}
-        insert_new(session, CacheEntry, values)
-
-
-def _advance(session: Session, job: Job, chunk: Chunk, *, stage_done: bool, now: datetime) -> None:
-    """Make ready the chunks that only waited for this one; end the job after the last."""
-    stage = (Chunk.job_id == job.id, Chunk.stage_index == chunk.stage_index)
-    if stage_done:
-        session.execute(
-            update(Chunk)
-            .where(*stage, Chunk.state.in_(OPEN_CHUNKS))
-            .values(state=ChunkState.SKIPPED, finished_at=now)
-        )
-    elif chunk.chained:
-        _make_ready(session, *stage, Chunk.index == chunk.index + 1)
-    left = select(func.count()).where(
-        *stage, Chunk.state.not_in((ChunkState.DONE, ChunkState.SKIPPED))
-    )
-    if session.scalar(left):
-        return
-    later = (Chunk.job_id == job.id, Chunk.stage_index == chunk.stage_index + 1)
-    if _make_ready(session, *later, (Chunk.chained.is_(False)) | (Chunk.index == 0)):
-        return
-    move(session, job, JobState.SUCCEEDED, now=now)
-    events.record(session, job.id, "job.succeeded", now=now)
-    planning.on_succeeded(session, job, now=now)
-
-
-def _make_ready(session: Session, *where: Any) -> int:
-    changed = session.execute(
-        update(Chunk)
-        .where(*where, Chunk.state == ChunkState.BLOCKED)
-        .values(state=ChunkState.READY)
-        .returning(Chunk.id)
-    )
-    return len(changed.all())
+def _judge_nodes(session: Session, chunk: Chunk, node: str, *, now: datetime) -> None:
+    """A chunk that failed elsewhere and succeeded here speaks against that node."""
+    failed_on = chunk.failed_on if chunk.failed_on != node else None
+    for place in sorted({node, failed_on} - {None}, key=str):  # one order of locks
+        if place == node:
+            pool.absolve(session, node)
+        elif place is not None and pool.blame(session, place, now=now):
+            events.record(session, chunk.job_id, "node.excluded", now=now, node=place)
 
 
 def give_up(
-    session: Session, claim: Claim, error: StillroomError, *, max_failures: int, now: datetime
+    session: Session, claim: Claim, error: StillroomError, *, now: datetime, rules: Rules
 ) -> None:
     """End an attempt that raised: ready again where a retry may help, else the job fails.
 
     Raises:
         LeaseLost: the attempt was superseded.
     """
-    job = session.get_one(Job, claim.job_id, with_for_update=True)
+    job = _lock(session, claim.job_id)
     chunk = _guarded(session, claim, lease_until=None, finished_at=now)
-    _put_back(session, job, chunk, error, max_failures=max_failures, now=now)
+    put_back(session, job, chunk, error, node=claim.node, now=now, rules=rules)
 
 
-def _put_back(
+def put_back(
     session: Session,
     job: Job,
     chunk: Chunk,
     error: StillroomError,
     *,
-    max_failures: int,
+    node: str | None,
     now: datetime,
+    rules: Rules,
 ) -> None:
-    again = error.retryable and chunk.failures < max_failures and job.state == JobState.RUNNING
+    """End a failed attempt whose chunk the caller has locked; its job may fail with it."""
+    code = error.code()
+    tries = chunk.failures.get(code, 0) + 1
+    stopping = job.state == JobState.CANCELLING or job.state in TERMINAL
+    again = not stopping and tries < rules.tries(error)
+    chunk.failures = {**chunk.failures, code: tries}
     chunk.state = ChunkState.READY if again else ChunkState.FAILED
-    _count_seconds(chunk, now=now)
+    if stopping:
+        chunk.state = ChunkState.CANCELLED
+    if node is not None:
+        chunk.failed_on = node
+        chunk.retry_at = now + rules.retry_wait * 2 ** (tries - 1)
     chunk.lease_until = None
+    chunk.finished_at = now
+    seconds = count_seconds(session, job, chunk, now=now)
     session.flush()
     facts = {"stage": chunk.stage, "index": chunk.index, "attempt": chunk.attempt}
-    about = {"code": error.code(), "message": error.message, "retried": again}
+    about = {"code": code, "message": error.message, "retried": again, "worker": chunk.owner}
     events.record(session, job.id, "chunk.failed", now=now, **facts, **about)
-    if job.state == JobState.CANCELLING:
-        _stop_if_idle(session, job, now=now)
-    elif not again and job.state not in TERMINAL:
+    if not again and not stopping:
         planning.fail(session, job, error, now=now, chunk=chunk)
+    settle(session, job, now=now)
+    shares.charge(session, job.project_id, seconds, now=now, fairness=rules.fairness)
 
 
-def stop(session: Session, claim: Claim, *, now: datetime) -> None:
+def stop(session: Session, claim: Claim, *, now: datetime, rules: Rules) -> None:
     """End an attempt that noticed its job's cancellation."""
-    job = session.get_one(Job, claim.job_id, with_for_update=True)
-    chunk = _guarded(session, claim, state=ChunkState.CANCELLED, lease_until=None, finished_at=now)
-    _count_seconds(chunk, now=now)
-    _stop_if_idle(session, job, now=now)
+    _let_go(session, claim, ChunkState.CANCELLED, now=now, rules=rules)
 
 
-def _stop_if_idle(session: Session, job: Job, *, now: datetime) -> None:
-    running = select(func.count()).where(Chunk.job_id == job.id, Chunk.state == ChunkState.RUNNING)
-    if not session.scalar(running):
+def hand_back(session: Session, claim: Claim, *, now: datetime, rules: Rules) -> None:
+    """End an attempt whose job is paused or whose worker stops: no failure, ready at once."""
+    _let_go(session, claim, ChunkState.READY, now=now, rules=rules)
+
+
+def _let_go(
+    session: Session, claim: Claim, state: ChunkState, *, now: datetime, rules: Rules
+) -> None:
+    job = _lock(session, claim.job_id)
+    chunk = _guarded(session, claim, lease_until=None)
+    end_attempt(session, job, chunk, state, now=now, rules=rules)
+
+
+def end_attempt(
+    session: Session, job: Job, chunk: Chunk, state: ChunkState, *, now: datetime, rules: Rules
+) -> None:
+    """End a running attempt of a locked job that nobody is to blame for: ready, or cancelled."""
+    chunk.state = ChunkState.CANCELLED if job.state == JobState.CANCELLING else state
+    chunk.lease_until, chunk.finished_at = None, now
+    seconds = count_seconds(session, job, chunk, now=now)
+    session.flush()
+    facts = {"stage": chunk.stage, "index": chunk.index, "attempt": chunk.attempt}
+    said = "chunk.handed_back" if chunk.state == ChunkState.READY else "chunk.cancelled"
+    events.record(session, job.id, said, now=now, **facts, worker=chunk.owner)
+    settle(session, job, now=now)
+    shares.charge(session, job.project_id, seconds, now=now, fairness=rules.fairness)
+
+
+def settle(session: Session, job: Job, *, now: datetime) -> None:
+    """Once nothing of it runs, a cancelling job is cancelled and a pausing one paused."""
+    if job.state not in (JobState.CANCELLING, JobState.PAUSING):
+        return
+    running = select(Chunk.id).where(Chunk.job_id == job.id, Chunk.state == RUNNING_CHUNK)
+    if session.scalar(running.limit(1)) is not None:
+        return
+    if job.state == JobState.CANCELLING:
         planning.end_cancelled(session, job, now=now)
-
-
-def any_expired(engine: Engine, *, now: datetime) -> bool:
-    """Return whether release_expired would find work; reads only."""
-    with reading(engine) as session:
-        query = select(Chunk.id).where(Chunk.state == ChunkState.RUNNING, Chunk.lease_until < now)
-        return session.scalar(query.limit(1)) is not None
-
-
-def release_expired(session: Session, *, now: datetime, max_failures: int) -> int:
-    """Take back every chunk whose lease ran out: its worker is gone or cannot reach us."""
-    expired = select(Chunk.id, Chunk.job_id).where(
-        Chunk.state == ChunkState.RUNNING, Chunk.lease_until < now
-    )
-    released = 0
-    for chunk_id, job_id in session.execute(expired.order_by(Chunk.job_id, Chunk.id)).all():
-        job = session.get_one(Job, job_id, with_for_update=True)
-        chunk = session.get_one(Chunk, chunk_id, with_for_update=True, populate_existing=True)
-        if chunk.state != ChunkState.RUNNING or chunk.lease_until is None:
-            continue
-        if chunk.lease_until >= now:
-            continue
-        lost = WorkerLost(f"worker {chunk.owner} stopped renewing its lease")
-        _put_back(session, job, chunk, lost, max_failures=max_failures, now=now)
-        released += 1
-    return released
-
-
-def release_all(session: Session, *, owner_prefix: str, now: datetime) -> int:
-    """Take back every running chunk of these owners: their server is known to be gone.
-
-    The chunks are not to blame, so the failure counted at their claim is taken back.
-    """
-    owned = select(Chunk.id, Chunk.job_id).where(
-        Chunk.state == ChunkState.RUNNING, Chunk.owner.startswith(owner_prefix, autoescape=True)
-    )
-    chunks = session.execute(owned.order_by(Chunk.job_id, Chunk.id)).all()
-    for chunk_id, job_id in chunks:
-        job = session.get_one(Job, job_id, with_for_update=True)
-        chunk = session.get_one(Chunk, chunk_id, with_for_update=True)
-        chunk.failures -= 1
-        lost = WorkerLost("the server was restarted")
-        _put_back(session, job, chunk, lost, max_failures=chunk.failures + 1, now=now)
-    return len(chunks)
+    else:
+        move(session, job, JobState.PAUSED, now=now)
+        events.record(session, job.id, "job.paused", now=now)

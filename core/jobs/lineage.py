@@ -10,12 +10,22 @@ from core.db.models import Artifact, Chunk, Job, JobInput, MetricPoint, Output, 
 from core.errors import NotFound
 
 
-def artifact(session: Session, sha256: str) -> Artifact:
-    """Return an artifact or raise NotFound."""
+def artifact(session: Session, sha256: str, *, project: str | None = None) -> Artifact:
+    """Return an artifact or raise NotFound; a project sees only what it made or uploaded."""
     found = session.get(Artifact, sha256)
-    if found is None:
+    if found is None or not (project is None or _sees(session, project, sha256)):
         raise NotFound(f"no artifact {sha256}")
     return found
+
+
+def _sees(session: Session, project: str, sha256: str) -> bool:
+    made = (
+        select(Output.job_id)
+        .join(Job, Job.id == Output.job_id)
+        .where(Output.sha256 == sha256, Job.project_id == project)
+    )
+    sent = select(Upload.id).where(Upload.artifact == sha256, Upload.project_id == project)
+    return any(session.scalar(query.limit(1)) is not None for query in (made, sent))
 
 
 def outputs_of(session: Session, job_id: str, *, role: str) -> Sequence[tuple[Output, Artifact]]:
@@ -29,8 +39,10 @@ def outputs_of(session: Session, job_id: str, *, role: str) -> Sequence[tuple[Ou
     return [(output, found) for output, found in session.execute(query)]
 
 
-def produced_by(session: Session, sha256: str) -> list[dict[str, Any]]:
-    """Return every chunk that made these bytes, with its job's inputs."""
+def produced_by(
+    session: Session, sha256: str, *, project: str | None = None
+) -> list[dict[str, Any]]:
+    """Return every chunk (of a project) that made these bytes, with its job's inputs."""
     query = (
         select(Output, Chunk, Job.kind)
         .join(Chunk, Chunk.id == Output.chunk_id)
@@ -38,6 +50,8 @@ def produced_by(session: Session, sha256: str) -> list[dict[str, Any]]:
         .where(Output.sha256 == sha256)
         .order_by(Output.created_at, Output.chunk_id, Output.name)
     )
+    if project is not None:
+        query = query.where(Job.project_id == project)
     made = session.execute(query).all()
     inputs: dict[str, dict[str, str | None]] = {}
     ids = {output.job_id for output, _, _ in made}
@@ -56,9 +70,13 @@ def produced_by(session: Session, sha256: str) -> list[dict[str, Any]]:
     ]
 
 
-def uploaded_as(session: Session, sha256: str) -> list[dict[str, Any]]:
+def uploaded_as(
+    session: Session, sha256: str, *, project: str | None = None
+) -> list[dict[str, Any]]:
     """Return the uploads that became this artifact; their hashes are of the bytes as sent."""
     query = select(Upload).where(Upload.artifact == sha256).order_by(Upload.created_at)
+    if project is not None:
+        query = query.where(Upload.project_id == project)
     return [
         {
             "upload_id": row.id,

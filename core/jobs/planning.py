@@ -5,12 +5,12 @@ from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Artifact, Chunk, Job, JobInput, Output
-from core.errors import Conflict, SpecInvalid, StillroomError, UpstreamFailed
-from core.jobs import events
+from core.errors import Conflict, NotFound, SpecInvalid, StillroomError, UpstreamFailed
+from core.jobs import events, lineage
 from core.jobs.states import OPEN_CHUNKS, TERMINAL, ChunkState, JobState, move
 from core.kinds._base import Input, Kind, Stage, kinds
 from core.specs.base import SHA256, JobSpec, Reads, inputs_of
@@ -18,8 +18,8 @@ from core.specs.base import SHA256, JobSpec, Reads, inputs_of
 CHUNKS_LIMIT = 200_000
 
 
-def resolve(session: Session, spec: JobSpec) -> list[JobInput]:
-    """Check every reference of a spec and return its rows (``job_id`` still unset).
+def resolve(session: Session, spec: JobSpec, *, project: str) -> list[JobInput]:
+    """Check every reference of a project's spec and return its rows (``job_id`` still unset).
 
     Raises:
         SpecInvalid: a reference names nothing, a job that failed, or another format.
@@ -29,24 +29,27 @@ def resolve(session: Session, spec: JobSpec) -> list[JobInput]:
     # In the order of their ids, as every transaction locks jobs: no deadlock.
     for reference, field, reads in sorted(row for row in asked if row[0] is not None):
         try:
-            rows.append(_resolve_one(session, field, reference, reads))
+            rows.append(_resolve_one(session, field, reference, reads, project=project))
         except StillroomError as error:
             raise SpecInvalid(error.message, pointer=f"/{field}") from error
     return rows
 
 
-def _resolve_one(session: Session, field: str, reference: str, reads: Reads) -> JobInput:
+def _resolve_one(
+    session: Session, field: str, reference: str, reads: Reads, *, project: str
+) -> JobInput:
     if SHA256.fullmatch(reference):
-        artifact = session.get(Artifact, reference)
-        if artifact is None:
-            raise SpecInvalid(f"no artifact {reference}; upload it first")
+        try:
+            artifact = lineage.artifact(session, reference, project=project)
+        except NotFound:
+            raise SpecInvalid(f"no artifact {reference}; upload it first") from None
         _check_format(f"artifact {reference[:12]}…", artifact.format, reads)
         return JobInput(field=field, sha256=reference)
     job_id, _, name = reference.partition("/")
     # Locked until the input row is written: else the job could end in between, unseen by us and
     # we by it, and ours would wait for ever.
     upstream = session.get(Job, job_id, with_for_update=True)
-    if upstream is None:
+    if upstream is None or upstream.project_id != project:
         raise SpecInvalid(f"no job {job_id}")
     offered = kind_of(upstream).outputs
     if name not in offered:
@@ -112,14 +115,30 @@ def plan(session: Session, job: Job, spec: JobSpec, *, now: datetime) -> None:
     total = sum(stage.chunks for stage in stages)
     if not 1 <= total <= CHUNKS_LIMIT:
         raise SpecInvalid(f"the job would have {total} chunks; allowed: 1 to {CHUNKS_LIMIT}")
-    session.execute(insert(Chunk), list(_chunk_rows(job.id, stages)))
+    session.execute(insert(Chunk), list(_chunk_rows(job.id, stages, _asked_device(spec, stages))))
+    job.chunks, job.stage = total, stages[0].name
     if job.state == JobState.WAITING:
         move(session, job, JobState.QUEUED, now=now)
     facts = [{"stage": s.name, "chunks": s.chunks, "mode": s.mode} for s in stages]
     events.record(session, job.id, "job.planned", now=now, stages=facts)
 
 
-def _chunk_rows(job_id: str, stages: list[Stage]) -> Iterator[dict[str, Any]]:
+def _asked_device(spec: JobSpec, stages: list[Stage]) -> str | None:
+    """Return the kind of device the job insists on; None where each stage may say.
+
+    Raises:
+        SpecInvalid: a stage can only run on the other kind.
+    """
+    if spec.device == "any":
+        return None
+    for stage in stages:
+        if stage.device not in (None, spec.device):
+            told = f"device: {spec.device!r}, but stage {stage.name} runs on a {stage.device} only"
+            raise SpecInvalid(told, pointer="/device")
+    return spec.device
+
+
+def _chunk_rows(job_id: str, stages: list[Stage], device: str | None) -> Iterator[dict[str, Any]]:
     for stage_index, stage in enumerate(stages):
         for index in range(stage.chunks):
             chained = stage.mode == "chained"
@@ -131,45 +150,52 @@ def _chunk_rows(job_id: str, stages: list[Stage]) -> Iterator[dict[str, Any]]:
                 "index": index,
                 "chained": chained,
                 "state": ChunkState.READY if first else ChunkState.BLOCKED,
+                "device": device or stage.device,
+                "memory_bytes": stage.memory_bytes,
                 "attempt": 0,
-                "failures": 0,
+                "failures": {},
                 "progress": 0.0,
                 "seconds": 0.0,
             }
 
 
-def on_succeeded(session: Session, job: Job, *, now: datetime) -> None:
-    """Hand a finished job's outputs to the jobs that wait for them, and plan those now whole."""
+def on_succeeded(session: Session, job: Job, *, now: datetime) -> bool:
+    """Hand a finished job's outputs to the jobs that wait for them, and plan those now whole.
+
+    Returns:
+        Whether any job waited.
+    """
     waiting = session.scalars(select(JobInput).where(JobInput.upstream_id == job.id)).all()
     for row in waiting:
         row.sha256 = _made(session, job.id, row.upstream_output or "")
     session.flush()
-    for downstream in _lock(session, {row.job_id for row in waiting}):
-        job_id = downstream.id
-        if downstream.state != JobState.WAITING:
+    for waiter in _lock(session, {row.job_id for row in waiting}):
+        if waiter.state not in (JobState.WAITING, JobState.PAUSED) or waiter.chunks is not None:
             continue
-        missing = [r.upstream_output for r in waiting if r.job_id == job_id and r.sha256 is None]
+        missing = [r.upstream_output for r in waiting if r.job_id == waiter.id and not r.sha256]
         if missing:
             lost = UpstreamFailed(f"job {job.id} ended without making {missing[0]!r}")
-            fail(session, downstream, lost, now=now)
-            continue
-        if _unresolved(session, job_id):
-            continue
-        try:
-            plan(session, downstream, parse_spec(downstream), now=now)
-        except StillroomError as error:
-            fail(session, downstream, error, now=now)
+            fail(session, waiter, lost, now=now)
+        elif waiter.state == JobState.WAITING:
+            plan_if_whole(session, waiter, now=now)
+    return bool(waiting)
+
+
+def plan_if_whole(session: Session, job: Job, *, now: datetime) -> None:
+    """Plan a waiting job once all its inputs are there; where they do not fit, it fails."""
+    query = select(JobInput.field).where(JobInput.job_id == job.id, JobInput.sha256.is_(None))
+    if session.scalar(query.limit(1)) is not None:
+        return
+    try:
+        plan(session, job, parse_spec(job), now=now)
+    except StillroomError as error:
+        fail(session, job, error, now=now)
 
 
 def _lock(session: Session, ids: set[str]) -> Sequence[Job]:
     """Lock jobs in the order of their ids, as everybody does."""
     query = select(Job).where(Job.id.in_(ids)).order_by(Job.id).with_for_update()
     return session.scalars(query.execution_options(populate_existing=True)).all()
-
-
-def _unresolved(session: Session, job_id: str) -> int:
-    query = select(func.count()).where(JobInput.job_id == job_id, JobInput.sha256.is_(None))
-    return session.scalar(query) or 0
 
 
 def fail(
@@ -195,12 +221,12 @@ def _end(
     """End a job, and all that can no longer get what they wait for."""
     _end_one(session, job, state, now=now, error=error)
     lost = UpstreamFailed(f"it needs an output of job {job.id}, which {state}")
-    for downstream in _lock(session, _downstream(session, job.id)):
-        if downstream.state not in TERMINAL:
-            _end_one(session, downstream, JobState.FAILED, now=now, error=_facts(lost))
+    for waiter in _lock(session, downstream(session, job.id)):
+        if waiter.state not in TERMINAL:
+            _end_one(session, waiter, JobState.FAILED, now=now, error=_facts(lost))
 
 
-def _downstream(session: Session, job_id: str) -> set[str]:
+def downstream(session: Session, job_id: str) -> set[str]:
     """Every job that waits for this one, or for one that waits for it, and so on."""
     found: set[str] = set()
     fresh = {job_id}

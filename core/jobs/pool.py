@@ -1,22 +1,57 @@
-"""Who is there to run chunks."""
+"""Who is there to run chunks, where, and whether that place may be used."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from core.db.models import Worker
+from core.db.models import Node, Worker
 from core.db.session import insert_new
+from core.errors import NotFound, SpecInvalid
 
-ALIVE_FOR = timedelta(seconds=30)
+ALIVE_FOR = timedelta(seconds=20)
 FORGOTTEN_AFTER = timedelta(days=1)
+ACTIVE, DRAINING, EXCLUDED = "active", "draining", "excluded"
+NODE_STATES = (ACTIVE, DRAINING, EXCLUDED)
+BLAME_LIMIT = 3
+"""Chunks that failed at a node and then succeeded at another, in a row, that exclude it."""
 
 
-def hello(session: Session, worker_id: str, *, device: str, now: datetime) -> None:
-    """Register a worker, and forget those not heard of for a day."""
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs, and what it offers a chunk."""
+
+    node: str
+    """``host:device``: outlives the process."""
+    device: str
+    """``cpu`` or ``cuda:0``."""
+    memory_bytes: int
+    threads: int = 1
+
+    @property
+    def kind(self) -> str:
+        """The pool it belongs to: ``cpu`` or ``gpu``."""
+        return "cpu" if self.device == "cpu" else "gpu"
+
+
+def hello(session: Session, worker_id: str, *, place: Place, now: datetime) -> None:
+    """Register a worker and its node, and forget workers not heard of for a day."""
     session.execute(delete(Worker).where(Worker.seen_at < now - FORGOTTEN_AFTER))
-    values = {"id": worker_id, "device": device, "started_at": now, "seen_at": now}
+    node = {"id": place.node, "state": ACTIVE, "note": None, "blamed": 0, "updated_at": now}
+    insert_new(session, Node, node)
+    values = {
+        "id": worker_id,
+        "node_id": place.node,
+        "device": place.device,
+        "kind": place.kind,
+        "memory_bytes": place.memory_bytes,
+        "threads": place.threads,
+        "busy_seconds": 0.0,
+        "started_at": now,
+        "seen_at": now,
+    }
     insert_new(session, Worker, values)
 
 
@@ -41,3 +76,65 @@ def workers(session: Session, *, now: datetime) -> Sequence[tuple[Worker, bool]]
     """Return each worker and whether it was heard of lately."""
     found = session.scalars(select(Worker).order_by(Worker.device, Worker.id)).all()
     return [(worker, worker.seen_at > now - ALIVE_FOR) for worker in found]
+
+
+def usable(session: Session, *, now: datetime) -> Sequence[Worker]:
+    """Return the workers that are alive on an active node."""
+    query = (
+        select(Worker)
+        .join(Node, Node.id == Worker.node_id)
+        .where(Worker.seen_at > now - ALIVE_FOR, Node.state == ACTIVE)
+        .order_by(Worker.id)
+    )
+    return session.scalars(query).all()
+
+
+def nodes(session: Session) -> Sequence[Node]:
+    """Return every place that workers ever ran at."""
+    return session.scalars(select(Node).order_by(Node.id)).all()
+
+
+def node_state(session: Session, node_id: str) -> str:
+    """Return a node's state; one not yet heard of is active."""
+    return session.scalar(select(Node.state).where(Node.id == node_id)) or ACTIVE
+
+
+def set_node_state(
+    session: Session, node_id: str, state: str, *, note: str | None, now: datetime
+) -> Node:
+    """Drain a node (its chunk ends, no other begins), or take it back.
+
+    Raises:
+        NotFound: no worker ever ran there.
+        SpecInvalid: no such state.
+    """
+    if state not in NODE_STATES:
+        raise SpecInvalid(f"no node state {state!r}; allowed: {', '.join(NODE_STATES)}")
+    node = session.get(Node, node_id, with_for_update=True)
+    if node is None:
+        raise NotFound(f"no node {node_id}")
+    node.state, node.note, node.updated_at = state, note, now
+    if state == ACTIVE:
+        node.blamed = 0
+    return node
+
+
+def blame(session: Session, node_id: str, *, now: datetime) -> bool:
+    """Note that a chunk which failed here succeeded elsewhere; return whether that excludes it."""
+    node = session.get(Node, node_id, with_for_update=True)
+    if node is None:
+        return False
+    node.blamed += 1
+    if node.blamed < BLAME_LIMIT or node.state != ACTIVE:
+        return False
+    note = f"{node.blamed} chunks in a row failed here and succeeded elsewhere"
+    set_node_state(session, node_id, EXCLUDED, note=note, now=now)
+    return True
+
+
+def absolve(session: Session, node_id: str) -> None:
+    """Forget the blame of a node: a chunk succeeded there."""
+    blamed = select(Node).where(Node.id == node_id, Node.blamed > 0).with_for_update()
+    node = session.scalar(blamed)
+    if node is not None:
+        node.blamed = 0

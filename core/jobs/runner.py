@@ -5,28 +5,40 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, func, select
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from core.artifacts.store import Blob, Store
 from core.db.models import Artifact, CacheEntry, Chunk, Job, Output
 from core.db.session import reading, transaction
-from core.errors import Cancelled, ChunkCrashed, LeaseLost, NotFound, OutOfMemory, StillroomError
-from core.jobs import lease, planning, scheduler
+from core.errors import (
+    Cancelled,
+    ChunkCrashed,
+    HandedBack,
+    LeaseLost,
+    NotFound,
+    OutOfMemory,
+    StillroomError,
+)
+from core.jobs import lease, planning, recovery, scheduler
+from core.jobs.adoption import Stored
 from core.jobs.heartbeat import Heartbeat
-from core.jobs.lease import Claim, Rules, Stored
+from core.jobs.hints import Hints, NoHints
+from core.jobs.lease import Claim, Rules
+from core.jobs.pool import Place
+from core.jobs.scheduler import Candidate
 from core.jobs.states import ChunkState
 from core.kinds._base import ChunkResult, Input, Produced
 from core.specs.base import JobSpec
 
 log = logging.getLogger(__name__)
-LOST_RACE_S = 0.005
+T = TypeVar("T")
 
 
 class RunningChunk:
@@ -45,7 +57,7 @@ class RunningChunk:
         self.index = claim.index
         self.chunks = claim.chunks
         self.workdir = workdir
-        self.device = runner.device
+        self.device = runner.place.device
         self._runner = runner
         self._inputs = inputs
         self._heartbeat = heartbeat
@@ -130,7 +142,7 @@ def _outputs_of_stage(
     return [(index, output, artifact) for index, output, artifact in session.execute(query)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Runner:
     """Claims chunks for one device and runs them, one at a time."""
 
@@ -138,11 +150,19 @@ class Runner:
     store: Store
     scratch: Path
     owner: str
-    device: str
+    place: Place
     clock: Callable[[], datetime]
     rules: Rules
     on_stuck: Callable[[], None]
     """Called from the heartbeat when a chunk neither moves nor stops; ends the process."""
+    hints: Hints = field(default_factory=NoHints)
+    _running: Heartbeat | None = field(default=None, init=False)
+
+    def interrupt(self) -> None:
+        """Make the running chunk go back to the queue at its next report; for another thread."""
+        running = self._running
+        if running is not None:
+            running.tell(HandedBack("its worker stops"))
 
     def run_one(self) -> bool:
         """Claim and run the best ready chunk; return whether there was one."""
@@ -154,32 +174,41 @@ class Runner:
         heartbeat = Heartbeat(
             self.engine, claim, clock=self.clock, rules=self.rules, on_stuck=self.on_stuck
         )
+        self._running = heartbeat
         try:
             with heartbeat:
                 self._run(claim, workdir, heartbeat)
         except LeaseLost as lost:
             log.warning("discarded: %s", lost)
         finally:
+            self._running = None
             shutil.rmtree(workdir, ignore_errors=True)
         return True
 
     def _claim(self) -> Claim | None:
-        """Take the best ready chunk; None where nothing is ready."""
+        """Take the best ready chunk; None where nothing is ready for this place."""
         while True:
             with reading(self.engine) as session:
-                if scheduler.pick(session) is None:
+                if self._pick(session) is None:
                     return None
             with transaction(self.engine) as session:
-                best = scheduler.pick(session, lock=True)
-                claim = None
-                if best is not None:
-                    claim = lease.claim(
-                        session, best, owner=self.owner, now=self.clock(), lease=self.rules.lease
-                    )
+                best = self._pick(session, lock=True)
+                if best is None:
+                    return None
+                claim = lease.claim(
+                    session,
+                    best,
+                    owner=self.owner,
+                    place=self.place,
+                    now=self.clock(),
+                    rules=self.rules,
+                )
             if claim is not None:
                 return claim
-            # Another worker holds that job's row for a moment: look again.
-            time.sleep(LOST_RACE_S)
+
+    def _pick(self, session: Session, *, lock: bool = False) -> Candidate | None:
+        fairness = self.rules.fairness
+        return scheduler.pick(session, self.place, now=self.clock(), fairness=fairness, lock=lock)
 
     def _run(self, claim: Claim, workdir: Path, heartbeat: Heartbeat) -> None:
         """Compute, store and write; every failure becomes one guarded write."""
@@ -189,24 +218,43 @@ class Runner:
         except LeaseLost:
             raise
         except Cancelled:
-            self._write(lambda session: lease.stop(session, claim, now=self.clock()))
+            self._write(
+                lambda session: lease.stop(session, claim, now=self.clock(), rules=self.rules)
+            )
+        except HandedBack as why:
+            log.info("job %s: chunk handed back: %s", claim.job_id, why)
+            self._write(
+                lambda session: lease.hand_back(session, claim, now=self.clock(), rules=self.rules)
+            )
         except StillroomError as error:
             self._give_up(claim, error)
+        except (OperationalError, InterfaceError) as outage:
+            # The database was away while the chunk read from it: nobody's fault, so not counted.
+            log.warning("job %s: chunk handed back: %s", claim.job_id, outage.orig)
+            self._write(
+                lambda session: lease.hand_back(session, claim, now=self.clock(), rules=self.rules)
+            )
         except Exception as error:
             log.exception("chunk %s of job %s crashed", claim.chunk_id, claim.job_id)
             self._give_up(claim, _classify(error))
 
     def _finish(self, claim: Claim, stored: Sequence[Stored], result: ChunkResult) -> None:
-        self._write(
+        more = self._write(
             lambda session: lease.finish(
                 session,
                 claim,
                 stored=stored,
                 metrics=result.metrics,
+                score=result.score,
                 stage_done=result.stage_done,
                 now=self.clock(),
+                rules=self.rules,
             )
         )
+        if more:
+            with reading(self.engine) as session:
+                ready = recovery.ready_pools(session, now=self.clock())
+            self.hints.wake(ready)
 
     def _compute(
         self, claim: Claim, workdir: Path, heartbeat: Heartbeat
@@ -255,20 +303,19 @@ class Runner:
                 session,
                 claim,
                 error,
-                max_failures=self.rules.max_failures,
                 now=self.clock(),
+                rules=self.rules,
             )
         )
 
-    def _write(self, change: Callable[[Session], None]) -> None:
+    def _write(self, change: Callable[[Session], T]) -> T:
         """Write in one transaction; while the database is away, wait: an outage fails no job."""
         pause = 0.1
         while True:
             try:
                 with transaction(self.engine) as session:
-                    change(session)
-                return
-            except OperationalError as outage:
+                    return change(session)
+            except (OperationalError, InterfaceError) as outage:
                 log.warning("database away, trying again in %.1f s: %s", pause, outage.orig)
                 time.sleep(pause)
                 pause = min(pause * 2, 5.0)

@@ -1,33 +1,94 @@
-"""Which ready chunk runs next: priority first, then age."""
+"""Which ready chunk a worker runs next: priority, then the fair share, then age.
 
-from sqlalchemy import select
+Each project's best job stands at the head of its queue; the heads are compared. A job that cannot
+run here, for want of a device, of memory or of room under its project's limit, stands in nobody's
+way. Claims are taken one after another, so shares and limits hold exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, literal_column, or_, select
 from sqlalchemy.orm import Session
 
-from core.db.models import Chunk, Job
-from core.jobs.lease import Candidate
-from core.jobs.states import ChunkState, JobState
+from core.db.models import Chunk, Job, Project, ServiceFact
+from core.db.session import insert_new
+from core.jobs import pool, shares
+from core.jobs.pool import Place
+from core.jobs.shares import Fairness
+from core.jobs.states import READY_CHUNK
 
-ORDER = (Job.priority.desc(), Job.created_at, Job.id)
-"""Of jobs in the queue; the place in it is counted by the same order."""
+ORDER = (Job.rank, Job.created_at, Job.id)
+"""Of the jobs of one project; the place in its queue is counted by the same order."""
+IN_QUEUE = Job.state.in_((literal_column("'queued'"), literal_column("'running'")))
+"""Word for word the condition of the index that serves it."""
+TURN = "claim_turn"
 
 
-def pick(session: Session, *, lock: bool = False) -> Candidate | None:
-    """Return the best ready chunk, or None where nothing is ready.
+@dataclass(frozen=True)
+class Candidate:
+    """A ready chunk that the scheduler proposes."""
 
-    ``lock`` takes its job's row and passes over those that others hold (PostgreSQL; SQLite has
-    one writer anyway).
+    chunk_id: int
+    job_id: str
+
+
+def pick(
+    session: Session, place: Place, *, now: datetime, fairness: Fairness, lock: bool = False
+) -> Candidate | None:
+    """Return the best ready chunk for a worker at ``place``, or None where nothing fits.
+
+    ``lock`` waits for the turn of claims, held to the end of the transaction.
     """
-    query = (
-        select(Chunk.id, Chunk.job_id)
-        .join(Job, Job.id == Chunk.job_id)
-        .where(
-            Chunk.state == ChunkState.READY,
-            Job.state.in_((JobState.QUEUED, JobState.RUNNING)),
-        )
-        .order_by(*ORDER, Chunk.stage_index, Chunk.index)
-        .limit(1)
-    )
     if lock:
-        query = query.with_for_update(of=Job, skip_locked=True, key_share=True)
-    row = session.execute(query).one_or_none()
-    return Candidate(row[0], row[1]) if row else None
+        _take_turn(session)
+    if pool.node_state(session, place.node) != pool.ACTIVE:
+        return None
+    heads = _heads(session, place, now=now)
+    if not heads:
+        return None
+    levels = shares.levels(session, now=now, fairness=fairness)
+    allowed = [head for head in heads if levels[head.project_id][1] > 0]
+    if not allowed:
+        return None
+    best = min(
+        allowed,
+        key=lambda job: (job.rank, levels[job.project_id][0], job.created_at, job.id),
+    )
+    chunk = select(Chunk.id).where(Chunk.job_id == best.id, *_fits(place, now=now))
+    chunk_id = session.scalar(chunk.order_by(Chunk.stage_index, Chunk.index).limit(1))
+    return None if chunk_id is None else Candidate(chunk_id, best.id)
+
+
+def _take_turn(session: Session) -> None:
+    # A lock that only claims take: a worker never decides on figures that another is changing.
+    turn = select(ServiceFact.key).where(ServiceFact.key == TURN).with_for_update()
+    if session.scalar(turn) is None:
+        insert_new(session, ServiceFact, {"key": TURN, "value": ""})
+        session.scalar(turn)
+
+
+def _fits(place: Place, *, now: datetime) -> tuple[ColumnElement[bool], ...]:
+    """Return what a chunk must be to run here now."""
+    return (
+        Chunk.state == READY_CHUNK,
+        or_(Chunk.device.is_(None), Chunk.device == place.kind),
+        Chunk.memory_bytes <= place.memory_bytes,
+        or_(Chunk.failed_on.is_(None), Chunk.failed_on != place.node, Chunk.retry_at <= now),
+    )
+
+
+def _heads(session: Session, place: Place, *, now: datetime) -> Sequence[Any]:
+    """Return each project's best job that has a chunk for this place."""
+    fits = select(Chunk.id).where(Chunk.job_id == Job.id, *_fits(place, now=now)).exists()
+    best: Select[str] = (
+        select(Job.id).where(Job.project_id == Project.id, IN_QUEUE, fits).order_by(*ORDER).limit(1)
+    )
+    ids = select(best.correlate(Project).scalar_subquery()).select_from(Project)
+    found = [job_id for job_id in session.scalars(ids) if job_id is not None]
+    if not found:
+        return ()
+    columns = (Job.id, Job.project_id, Job.rank, Job.created_at)
+    return session.execute(select(*columns).where(Job.id.in_(found))).all()

@@ -1,47 +1,78 @@
-"""Take, find, show and cancel jobs. Every function works inside the caller's transaction."""
+"""Take, find and list jobs. Every function works inside the caller's transaction."""
 
 import base64
 import binascii
-import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import String, and_, delete, func, or_, select, update
+from sqlalchemy import String, and_, delete, or_, select
 from sqlalchemy.orm import Session
 
-from core.db.models import Chunk, IdempotencyKey, Job
+from core.db.models import IdempotencyKey, Job, JobInput
 from core.db.session import insert_new
 from core.errors import InFlight, NotFound, SpecInvalid
-from core.jobs import events, planning
-from core.jobs.states import OPEN_CHUNKS, ChunkState, JobState, move
+from core.jobs import events, planning, projects
+from core.jobs.ids import new_id
+from core.jobs.states import JobState
 from core.specs.base import LABEL_KEY, JobSpec
 
 REPLAY_FOR = timedelta(hours=24)
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
-def new_id(prefix: str) -> str:
-    """Return ``prefix_`` and 26 random characters (130 bits, Crockford's base 32)."""
-    return f"{prefix}_" + "".join(secrets.choice(_ALPHABET) for _ in range(26))
+def submit(
+    session: Session,
+    spec: JobSpec,
+    *,
+    project: str,
+    by: str,
+    now: datetime,
+    trace: str | None = None,
+) -> Job:
+    """Insert a job of a project and, where its inputs exist already, its chunks.
 
-
-def submit(session: Session, spec: JobSpec, *, now: datetime) -> Job:
-    """Insert a job and, where its inputs exist already, its chunks.
+    ``by`` is the id of the key that asked, or ``local``; ``trace`` the request's W3C traceparent.
 
     Raises:
         SpecInvalid: a reference is wrong, or the inputs do not fit the spec.
+        QuotaExceeded: the project is at its limit of open jobs, or of storage.
     """
-    inputs = planning.resolve(session, spec)
+    inputs = planning.resolve(session, spec, project=project)
+    projects.check_queue(session, project)
+    projects.check_storage(session, project)
+    job = new_job(session, spec, inputs, project=project, by=by, now=now, trace=trace)
+    if job.state == JobState.QUEUED:
+        planning.plan(session, job, spec, now=now)
+    return job
+
+
+def new_job(
+    session: Session,
+    spec: JobSpec,
+    inputs: Sequence[JobInput],
+    *,
+    project: str,
+    by: str,
+    now: datetime,
+    trace: str | None = None,
+    retry_of: str | None = None,
+) -> Job:
+    """Insert the row of a job and those of its inputs; chunks come with its plan."""
     whole = all(row.sha256 for row in inputs)
+    limit = spec.deadline_s
     job = Job(
         id=new_id("job"),
+        project_id=project,
         kind=spec.kind,
         name=spec.name,
         spec=spec.model_dump(mode="json"),
         labels=dict(spec.labels),
-        priority=spec.priority,
+        rank=100 - spec.priority,
         state=JobState.QUEUED if whole else JobState.WAITING,
+        submitted_by=by,
+        retry_of=retry_of,
+        trace=trace,
         created_at=now,
+        deadline_at=now + timedelta(seconds=limit) if limit else None,
     )
     session.add(job)
     session.flush()
@@ -49,38 +80,50 @@ def submit(session: Session, spec: JobSpec, *, now: datetime) -> Job:
         row.job_id = job.id
     session.add_all(inputs)
     session.flush()
-    events.record(session, job.id, "job.submitted", now=now, job_kind=job.kind)
-    if whole:
-        planning.plan(session, job, spec, now=now)
+    events.record(session, job.id, "job.submitted", now=now, job_kind=job.kind, by=by)
     return job
 
 
 def submit_once(
-    session: Session, spec: JobSpec, *, key: str, body_sha256: str, now: datetime
+    session: Session,
+    spec: JobSpec,
+    *,
+    key: str,
+    body_sha256: str,
+    project: str,
+    by: str,
+    now: datetime,
+    trace: str | None = None,
 ) -> tuple[Job, bool]:
-    """Submit under an idempotency key; the second time returns the first job and True.
+    """Submit under a project's idempotency key; the second time: the first job and True.
 
     Raises:
         SpecInvalid: the key came with another body within the last 24 hours.
         InFlight: another request with this key is being answered.
     """
-    known = session.get(IdempotencyKey, key)
+    known = session.get(IdempotencyKey, (project, key))
     if known is not None and known.created_at > now - REPLAY_FOR:
         if known.body_sha256 != body_sha256:
             raise SpecInvalid("this Idempotency-Key was used with another body; take a new key")
         return get(session, known.job_id), True
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at <= now - REPLAY_FOR))
-    job = submit(session, spec, now=now)
-    values = {"key": key, "body_sha256": body_sha256, "job_id": job.id, "created_at": now}
+    job = submit(session, spec, project=project, by=by, now=now, trace=trace)
+    values = {
+        "project_id": project,
+        "key": key,
+        "body_sha256": body_sha256,
+        "job_id": job.id,
+        "created_at": now,
+    }
     if not insert_new(session, IdempotencyKey, values):
         raise InFlight("a request with this Idempotency-Key is being answered; send it again")
     return job, False
 
 
-def get(session: Session, job_id: str) -> Job:
-    """Return a job or raise NotFound."""
-    job = session.get(Job, job_id)
-    if job is None:
+def get(session: Session, job_id: str, *, project: str | None = None, lock: bool = False) -> Job:
+    """Return a job (of ``project``, where one is named) or raise NotFound; ``lock``: to change."""
+    job = session.get(Job, job_id, with_for_update=lock, populate_existing=lock)
+    if job is None or project not in (None, job.project_id):
         raise NotFound(f"no job {job_id}")
     return job
 
@@ -88,6 +131,7 @@ def get(session: Session, job_id: str) -> Job:
 def list_jobs(
     session: Session,
     *,
+    project: str | None = None,
     limit: int,
     cursor: str | None = None,
     state: str | None = None,
@@ -101,7 +145,8 @@ def list_jobs(
         SpecInvalid: the cursor is not one that was given out.
     """
     query = select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
-    for column, wanted in ((Job.state, state), (Job.kind, kind), (Job.name, name)):
+    asked = ((Job.project_id, project), (Job.state, state), (Job.kind, kind), (Job.name, name))
+    for column, wanted in asked:
         if wanted is not None:
             query = query.where(column == wanted)
     for key, value in (labels or {}).items():
@@ -127,29 +172,3 @@ def _read_cursor(cursor: str) -> tuple[datetime, str]:
     except (ValueError, OverflowError, binascii.Error) as error:
         raise SpecInvalid("cursor: not one that this list gave out", pointer="/cursor") from error
     return instant, job_id
-
-
-def cancel(session: Session, job_id: str, *, now: datetime) -> Job:
-    """Stop a job: at once where nothing runs, else as soon as the running chunk notices.
-
-    Raises:
-        Conflict: the job is over.
-    """
-    job = session.get(Job, job_id, with_for_update=True)
-    if job is None:
-        raise NotFound(f"no job {job_id}")
-    planning.check_open(job)
-    if job.state == JobState.CANCELLING:
-        return job
-    running = select(func.count()).where(Chunk.job_id == job_id, Chunk.state == ChunkState.RUNNING)
-    if not session.scalar(running):
-        planning.end_cancelled(session, job, now=now)
-        return job
-    move(session, job, JobState.CANCELLING, now=now)
-    session.execute(
-        update(Chunk)
-        .where(Chunk.job_id == job_id, Chunk.state.in_(OPEN_CHUNKS))
-        .values(state=ChunkState.CANCELLED, finished_at=now)
-    )
-    events.record(session, job.id, "job.cancelling", now=now)
-    return job

@@ -3,7 +3,7 @@
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import update
+from sqlalchemy import ColumnElement, literal_column, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Job
@@ -15,6 +15,9 @@ class JobState(StrEnum):
     """For another job's output; not planned yet."""
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSING = "pausing"
+    """A chunk still runs and was told to stop; it runs again after the pause."""
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     """A chunk still runs and was told to stop."""
     SUCCEEDED = "succeeded"
@@ -34,18 +37,28 @@ class ChunkState(StrEnum):
     CANCELLED = "cancelled"
 
 
+S = JobState
+_ENDS = frozenset({S.FAILED, S.CANCELLED})
 ALLOWED: dict[JobState, frozenset[JobState]] = {
-    JobState.WAITING: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset(
-        {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED}
-    ),
-    JobState.CANCELLING: frozenset({JobState.CANCELLED}),
-    JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    S.WAITING: _ENDS | {S.QUEUED, S.PAUSED},
+    S.QUEUED: _ENDS | {S.RUNNING, S.PAUSED},
+    S.RUNNING: _ENDS | {S.SUCCEEDED, S.PAUSING, S.PAUSED, S.CANCELLING},
+    S.PAUSING: _ENDS | {S.SUCCEEDED, S.RUNNING, S.PAUSED, S.CANCELLING},
+    S.PAUSED: _ENDS | {S.WAITING, S.QUEUED},
+    S.CANCELLING: _ENDS,
+    S.SUCCEEDED: frozenset(),
+    S.FAILED: frozenset(),
+    S.CANCELLED: frozenset(),
 }
+"""From a state to those a job may move to: the one table of its life."""
 TERMINAL = frozenset(state for state, moves in ALLOWED.items() if not moves)
+# Written into statements, not bound: only then do the partial indexes of the tables serve them.
+READY_CHUNK: ColumnElement[str] = literal_column(f"'{ChunkState.READY}'")
+RUNNING_CHUNK: ColumnElement[str] = literal_column(f"'{ChunkState.RUNNING}'")
+OVER_CHUNKS: tuple[ColumnElement[str], ...] = (
+    literal_column(f"'{ChunkState.DONE}'"),
+    literal_column(f"'{ChunkState.SKIPPED}'"),
+)
 OPEN_CHUNKS = (ChunkState.BLOCKED, ChunkState.READY)
 
 
@@ -67,7 +80,7 @@ def move(
         allowed = ", ".join(sorted(ALLOWED[old])) or "nothing, the job is over"
         raise Conflict(f"a {old} job cannot become {new}; allowed: {allowed}")
     stamps: dict[str, object] = {}
-    if new is JobState.RUNNING:
+    if new is JobState.RUNNING and job.started_at is None:
         stamps["started_at"] = now
     if new in TERMINAL:
         stamps["finished_at"] = now

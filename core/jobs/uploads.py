@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,9 +27,11 @@ from core.errors import (
     TooLarge,
     UploadIncomplete,
 )
-from core.jobs.service import new_id
+from core.jobs import projects
+from core.jobs.ids import new_id
 
 DISCARDABLE = ("open", "failed")
+UNFINISHED = ("open", "importing")
 KEPT_FOR = timedelta(days=7)
 """An unfinished upload is dropped when nobody touched it for so long."""
 
@@ -47,11 +49,12 @@ class Uploads:
     upload_limit_bytes: int
     open_limit: int
 
-    def create(self, *, file_name: str, size_bytes: int, sha256: str) -> Upload:
-        """Announce a file.
+    def create(self, *, project: str, file_name: str, size_bytes: int, sha256: str) -> Upload:
+        """Announce a file of a project.
 
         Raises:
             TooLarge: the file, or the number of unfinished uploads, passes its limit.
+            QuotaExceeded: the project's storage would pass its limit.
         """
         if size_bytes > self.upload_limit_bytes:
             raise TooLarge(
@@ -62,6 +65,7 @@ class Uploads:
         self.folder.mkdir(parents=True, exist_ok=True)
         upload = Upload(
             id=new_id("up"),
+            project_id=project,
             file_name=file_name,
             size_bytes=size_bytes,
             sha256=sha256,
@@ -71,26 +75,28 @@ class Uploads:
         )
         with transaction(self.engine) as session:
             self._expire(session)
-            unfinished = select(func.count()).where(Upload.state.in_(("open", "importing")))
+            unfinished = select(func.count()).where(Upload.state.in_(UNFINISHED))
             if (session.scalar(unfinished) or 0) >= self.open_limit:
                 raise TooLarge(
                     f"{self.open_limit} uploads are unfinished; complete or delete one first"
                 )
+            projects.check_storage(session, project, adding_bytes=size_bytes)
             session.add(upload)
         self._part(upload.id).touch()
         return upload
 
-    def get(self, upload_id: str) -> Upload:
-        """Return an upload or raise NotFound."""
+    def get(self, upload_id: str, *, project: str | None = None) -> Upload:
+        """Return an upload (of ``project``, where one is named) or raise NotFound."""
         with reading(self.engine) as session:
             upload = session.get(Upload, upload_id)
-        if upload is None:
+        if upload is None or project not in (None, upload.project_id):
             raise NotFound(f"no upload {upload_id}")
         return upload
 
-    def list(self, *, state: str | None, limit: int) -> Sequence[Upload]:
-        """Return uploads, newest first."""
-        query = select(Upload).order_by(Upload.created_at.desc(), Upload.id).limit(limit)
+    def list(self, *, project: str, state: str | None, limit: int) -> Sequence[Upload]:
+        """Return a project's uploads, newest first."""
+        query = select(Upload).where(Upload.project_id == project)
+        query = query.order_by(Upload.created_at.desc(), Upload.id).limit(limit)
         if state is not None:
             query = query.where(Upload.state == state)
         with reading(self.engine) as session:
@@ -103,7 +109,9 @@ class Uploads:
         part = self._part(upload.id)
         return part.stat().st_size if part.exists() else 0
 
-    def append(self, upload_id: str, *, offset: int, stream: Iterable[bytes]) -> Upload:
+    def append(
+        self, upload_id: str, *, offset: int, stream: Iterable[bytes], project: str | None = None
+    ) -> Upload:
         """Write one part at ``offset``; what arrived before a broken connection is kept.
 
         Raises:
@@ -111,7 +119,7 @@ class Uploads:
             TooLarge: more bytes than announced; those of this part are dropped.
             Conflict: the upload is over, or another part is being written.
         """
-        upload = self._open_upload(upload_id)
+        upload = self._open_upload(upload_id, project=project)
         with self._locked(upload) as part:
             start = part.seek(0, os.SEEK_END)
             if offset != start:
@@ -134,7 +142,7 @@ class Uploads:
                 raise NotFound(f"no upload {upload_id}: it was deleted")
         return upload
 
-    def complete(self, upload_id: str) -> Artifact:
+    def complete(self, upload_id: str, *, project: str | None = None) -> Artifact:
         """Check size and hash, import in the sandbox and store; again: the same artifact.
 
         Raises:
@@ -143,7 +151,7 @@ class Uploads:
                 and its bytes are gone.
             TooLarge: the content passes a limit; likewise.
         """
-        upload = self.get(upload_id)
+        upload = self.get(upload_id, project=project)
         if upload.artifact is not None:
             with reading(self.engine) as session:
                 return session.get_one(Artifact, upload.artifact)
@@ -164,13 +172,13 @@ class Uploads:
                     self._move(upload_id, "importing", "open")
                 raise
 
-    def discard(self, upload_id: str) -> None:
+    def discard(self, upload_id: str, *, project: str | None = None) -> None:
         """Forget an unfinished or failed upload and its bytes.
 
         Raises:
             Conflict: it is complete, being imported, or a part is being written.
         """
-        upload = self.get(upload_id)
+        upload = self.get(upload_id, project=project)
         if upload.state not in DISCARDABLE:
             raise Conflict(f"upload {upload_id} is {upload.state}; allowed: open, failed")
         with self._locked(upload), transaction(self.engine) as session:
@@ -184,12 +192,18 @@ class Uploads:
         self._part(upload_id).unlink(missing_ok=True)
 
     def recover(self) -> None:
-        """At the server's start: imports that were cut short are open again; leftovers go."""
+        """At a server's start: imports that were cut short are open again; leftovers go.
+
+        An import that goes on elsewhere holds its part's lock, and is left alone.
+        """
+        with reading(self.engine) as session:
+            cut = session.scalars(select(Upload).where(Upload.state == "importing")).all()
+        for upload in cut:
+            with suppress(Conflict), self._locked(upload):
+                self._move(upload.id, "importing", "open")
         with transaction(self.engine) as session:
-            reopened = update(Upload).where(Upload.state == "importing").values(state="open")
-            session.execute(reopened)
             self._expire(session)
-            kept = set(session.scalars(select(Upload.id).where(Upload.state == "open")))
+            kept = set(session.scalars(select(Upload.id).where(Upload.state.in_(UNFINISHED))))
         for part in self.folder.glob("*.part"):
             if part.stem not in kept:
                 part.unlink(missing_ok=True)
@@ -205,8 +219,8 @@ class Uploads:
     def _part(self, upload_id: str) -> Path:
         return self.folder / f"{upload_id}.part"
 
-    def _open_upload(self, upload_id: str) -> Upload:
-        upload = self.get(upload_id)
+    def _open_upload(self, upload_id: str, *, project: str | None = None) -> Upload:
+        upload = self.get(upload_id, project=project)
         if upload.state != "open":
             raise Conflict(f"upload {upload_id} is {upload.state}")
         return upload

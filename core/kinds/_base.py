@@ -20,6 +20,10 @@ class Stage:
     name: str
     chunks: int
     mode: Literal["fanned", "chained"] = "fanned"
+    device: Literal["cpu", "gpu"] | None = None
+    """The only kind of device its chunks run on; None: any."""
+    memory_bytes: int = 0
+    """What a chunk needs of its device at least: it waits for a worker that has so much."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class ChunkResult:
     checkpoints: Mapping[str, Produced] = field(default_factory=dict)
     """Read by later chunks of the job; listed under checkpoints."""
     metrics: Sequence[Metric] = ()
+    score: float | None = None
+    """How good the checkpoint is, the lower the better: of a chain the best is kept too."""
     stage_done: bool = False
     """A chained stage may end early: the chunks left in it are skipped."""
 
@@ -89,6 +95,7 @@ class Chunk(Protocol):
         Raises:
             LeaseLost: another attempt owns the chunk.
             Cancelled: the job was cancelled.
+            HandedBack: the job is paused, or the worker stops.
         """
 
     def input(self, field_name: str) -> Input:
@@ -98,7 +105,7 @@ class Chunk(Protocol):
         """Return a read-only local path of a stored blob."""
 
     def outputs(self, stage: str) -> Sequence[Mapping[str, Produced]]:
-        """Return what each chunk of an earlier stage made, in order, by name, readable."""
+        """Return what each chunk of an earlier, fanned stage made, in order, by name, readable."""
 
     def latest(self, stage: str) -> Mapping[str, Produced]:
         """Return what the last finished chunk of a chained stage made; empty before the first."""

@@ -147,7 +147,12 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
         for name, value in row.items()
         if name != "epoch"
     ]
-    return ChunkResult(checkpoints={"state": made}, metrics=points, stage_done=state.stopped)
+    return ChunkResult(
+        checkpoints={"state": made},
+        metrics=points,
+        score=1.0 - state.history[-1]["validation_cosine"],
+        stage_done=state.stopped,
+    )
 
 
 def _export(spec: Spec, chunk: Chunk) -> ChunkResult:

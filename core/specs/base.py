@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -43,6 +43,16 @@ class JobSpec(Closed):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Every random choice derives from it.")
     labels: dict[LabelKey, LabelValue] = Field(
         default_factory=dict, max_length=16, description="Free tags to filter by."
+    )
+    device: Literal["any", "cpu", "gpu"] = Field("any", description="What its chunks may run on.")
+    deadline_s: float | None = Field(
+        None, gt=0, le=31_536_000, description="Seconds after which it fails if it is not done."
+    )
+    keep_checkpoints: Literal["best_and_latest", "all"] = Field(
+        "best_and_latest", description="Pinned ones are kept in any case."
+    )
+    stall_limit_s: float | None = Field(
+        None, ge=1, le=86_400, description="A chunk without progress for so long is ended."
     )
 
 

@@ -2,12 +2,11 @@
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine, inspect
 
 from core.db.models import Base
-from core.db.session import MIGRATIONS, upgrade
+from core.db.session import migrating, upgrade
 
 
 def test_migrated_schema_is_the_models_schema(engine: Engine) -> None:
@@ -23,10 +22,7 @@ def test_upgrade_twice_changes_nothing(engine: Engine) -> None:
 
 
 def test_downgrade_leaves_nothing(engine: Engine) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
+    with migrating(engine) as config:
         command.downgrade(config, "base")
 
     assert inspect(engine).get_table_names() == ["alembic_version"]

@@ -1,7 +1,7 @@
 """The life of a job, on both databases."""
 
 import threading
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,63 +11,30 @@ from core.artifacts.store import LocalStore
 from core.db.models import Artifact, Chunk, Event, Job, Output
 from core.db.session import reading, transaction
 from core.errors import Conflict, LeaseLost, NotFound, OutOfMemory, SpecInvalid, WorkerLost
-from core.jobs import lease, pool, scheduler, service, status
-from core.jobs.lease import Claim, Stored
+from core.jobs import control, lease, pool, recovery, service, status
 from core.jobs.runner import Runner
 from core.jobs.states import ALLOWED, TERMINAL, JobState
 from core.kinds.echo import Spec
 from tests.conftest import Clock, make_runner
-
-LEASE = timedelta(seconds=30)
-
-
-def submit(engine: Engine, clock: Clock, **fields: object) -> str:
-    with transaction(engine) as session:
-        spec = Spec.model_validate({"kind": "echo", "text": "hi", **fields})
-        return service.submit(session, spec, now=clock()).id
-
-
-def claim(engine: Engine, clock: Clock, owner: str = "w1") -> Claim:
-    with transaction(engine) as session:
-        best = scheduler.pick(session)
-        assert best is not None
-        claimed = lease.claim(session, best, owner=owner, now=clock(), lease=LEASE)
-    assert claimed is not None
-    return claimed
-
-
-def finish(engine: Engine, claimed: Claim, clock: Clock, *stored: Stored) -> None:
-    with transaction(engine) as session:
-        lease.finish(session, claimed, stored=stored, metrics=(), stage_done=False, now=clock())
-
-
-def state(engine: Engine, job_id: str) -> str:
-    with reading(engine) as session:
-        return service.get(session, job_id).state
-
-
-def release(engine: Engine, clock: Clock, max_failures: int = 3) -> int:
-    with transaction(engine) as session:
-        return lease.release_expired(session, now=clock(), max_failures=max_failures)
+from tests.life import (
+    BY,
+    PROJECT,
+    RULES,
+    claim,
+    finish,
+    give_up,
+    pick,
+    place,
+    release,
+    shown,
+    some_file,
+    state,
+    submit,
+)
 
 
 def _wall_clock() -> datetime:
     return datetime.now(UTC)  # noqa: TID251 - threads share no test clock
-
-
-def some_file(sha256: str = "a" * 64) -> Stored:
-    return Stored(
-        name="text",
-        role="artifact",
-        sha256=sha256,
-        size_bytes=1,
-        format="text",
-        media_type="text/plain",
-        file_name="echo.txt",
-        meta={},
-        cache_key=None,
-        cached=False,
-    )
 
 
 def test_a_job_runs_to_its_artifact(
@@ -80,11 +47,11 @@ def test_a_job_runs_to_its_artifact(
 
     with reading(engine) as session:
         job = service.get(session, job_id)
-        [shown] = status.describe(session, [job], now=clock())
+        [seen] = status.describe(session, [job], now=clock())
         types = session.scalars(select(Event.type).order_by(Event.id)).all()
     assert job.state == "succeeded"
-    assert store.path(shown.artifacts["text"]).read_text() == "hi\nhi\nhi\n"
-    assert (shown.progress.done, shown.progress.fraction, shown.attempts) == (3, 1, 3)
+    assert store.path(seen.artifacts["text"]).read_text() == "hi\nhi\nhi\n"
+    assert (seen.progress.done, seen.progress.fraction, job.attempts) == (3, 1, 3)
     assert types == [
         "job.submitted",
         "job.planned",
@@ -107,9 +74,11 @@ def test_superseded_attempt_cannot_write(engine: Engine, clock: Clock) -> None:
     with pytest.raises(LeaseLost), transaction(engine) as session:
         lease.renew(session, slow, until=clock(), progress=0.5)
     with pytest.raises(LeaseLost), transaction(engine) as session:
-        lease.give_up(session, slow, OutOfMemory("no"), max_failures=3, now=clock())
+        lease.give_up(session, slow, OutOfMemory("no"), now=clock(), rules=RULES)
     with pytest.raises(LeaseLost), transaction(engine) as session:
-        lease.stop(session, slow, now=clock())
+        lease.stop(session, slow, now=clock(), rules=RULES)
+    with pytest.raises(LeaseLost), transaction(engine) as session:
+        lease.hand_back(session, slow, now=clock(), rules=RULES)
 
     with reading(engine) as session:
         assert session.scalar(select(func.count()).select_from(Artifact)) == 0
@@ -120,10 +89,10 @@ def test_superseded_attempt_cannot_write(engine: Engine, clock: Clock) -> None:
 def test_renewed_lease_is_not_taken_back(engine: Engine, clock: Clock) -> None:
     submit(engine, clock)
     held = claim(engine, clock)
-    clock.tick(seconds=20)
+    clock.tick(seconds=15)
     with transaction(engine) as session:
-        lease.renew(session, held, until=clock() + LEASE, progress=0.5)
-    clock.tick(seconds=20)
+        lease.renew(session, held, until=clock() + RULES.lease, progress=0.5)
+    clock.tick(seconds=15)
 
     assert release(engine, clock) == 0
 
@@ -131,9 +100,9 @@ def test_renewed_lease_is_not_taken_back(engine: Engine, clock: Clock) -> None:
 def test_a_chunk_that_kills_its_workers_fails_its_job(engine: Engine, clock: Clock) -> None:
     job_id = submit(engine, clock)
 
-    for _ in range(3):
+    for attempt in range(WorkerLost.attempts):
         assert state(engine, job_id) in {"queued", "running"}
-        claim(engine, clock)
+        claim(engine, clock, f"w{attempt}")
         clock.tick(seconds=31)
         release(engine, clock)
 
@@ -150,8 +119,7 @@ def test_server_restarts_are_not_counted_against_a_chunk(engine: Engine, clock: 
 
     for _ in range(10):
         claim(engine, clock)
-        with transaction(engine) as session:
-            assert lease.release_all(session, owner_prefix="w", now=clock()) == 1
+        assert recovery.release_all(engine, owner_prefix="w", now=clock(), rules=RULES) == 1
 
     finish(engine, claim(engine, clock), clock, some_file())
     assert state(engine, job_id) == "succeeded"
@@ -159,12 +127,7 @@ def test_server_restarts_are_not_counted_against_a_chunk(engine: Engine, clock: 
 
 def test_out_of_memory_is_not_tried_again(engine: Engine, clock: Clock) -> None:
     job_id = submit(engine, clock)
-    with transaction(engine) as session:
-        best = scheduler.pick(session)
-        assert best is not None
-        held = lease.claim(session, best, owner="w", now=clock(), lease=LEASE)
-        assert held is not None
-        lease.give_up(session, held, OutOfMemory("16 GiB"), max_failures=3, now=clock())
+    give_up(engine, claim(engine, clock), OutOfMemory("16 GiB"), clock)
 
     assert state(engine, job_id) == "failed"
 
@@ -172,12 +135,11 @@ def test_out_of_memory_is_not_tried_again(engine: Engine, clock: Clock) -> None:
 def test_cancel_of_a_queued_job_is_at_once(engine: Engine, clock: Clock) -> None:
     job_id = submit(engine, clock, times=3)
     with transaction(engine) as session:
-        assert service.cancel(session, job_id, now=clock()).state == "cancelled"
+        assert control.cancel(session, job_id, project=PROJECT, now=clock()).state == "cancelled"
 
     with pytest.raises(Conflict, match="already cancelled"), transaction(engine) as session:
-        service.cancel(session, job_id, now=clock())
-    with reading(engine) as session:
-        assert scheduler.pick(session) is None
+        control.cancel(session, job_id, project=PROJECT, now=clock())
+    assert pick(engine, clock) is None
 
 
 def test_cancel_of_a_running_job_waits_for_its_chunk(engine: Engine, clock: Clock) -> None:
@@ -185,10 +147,12 @@ def test_cancel_of_a_running_job_waits_for_its_chunk(engine: Engine, clock: Cloc
     held = claim(engine, clock)
     for _ in range(2):
         with transaction(engine) as session:
-            assert service.cancel(session, job_id, now=clock()).state == "cancelling"
+            assert (
+                control.cancel(session, job_id, project=PROJECT, now=clock()).state == "cancelling"
+            )
     with transaction(engine) as session:
-        assert lease.renew(session, held, until=clock(), progress=0.1)
-        lease.stop(session, held, now=clock())
+        assert lease.renew(session, held, until=clock(), progress=0.1) == "cancelling"
+        lease.stop(session, held, now=clock(), rules=RULES)
 
     assert state(engine, job_id) == "cancelled"
 
@@ -199,7 +163,7 @@ def test_cancelled_while_its_worker_is_dead_ends_with_the_lease(
     job_id = submit(engine, clock)
     claim(engine, clock)
     with transaction(engine) as session:
-        service.cancel(session, job_id, now=clock())
+        control.cancel(session, job_id, project=PROJECT, now=clock())
     clock.tick(seconds=31)
     release(engine, clock)
 
@@ -210,7 +174,7 @@ def test_finished_work_of_a_cancelled_job_is_not_adopted(engine: Engine, clock: 
     job_id = submit(engine, clock)
     held = claim(engine, clock)
     with transaction(engine) as session:
-        service.cancel(session, job_id, now=clock())
+        control.cancel(session, job_id, project=PROJECT, now=clock())
     finish(engine, held, clock, some_file())
 
     assert state(engine, job_id) == "cancelled"
@@ -229,36 +193,18 @@ def test_priority_then_age_decides_who_is_next(engine: Engine, clock: Clock) -> 
     for priority in (50, 90, 50, 10):
         ids.append(submit(engine, clock, priority=priority))
         clock.tick(seconds=1)
-    with reading(engine) as session:
-        jobs = [service.get(session, job_id) for job_id in ids]
-        shown = status.describe(session, jobs, now=clock())
-
-    assert [row.queue_position for row in shown] == [2, 1, 3, 4]
-    assert [claim(engine, clock).job_id for _ in ids] == [ids[1], ids[0], ids[2], ids[3]]
-
-
-def test_why_a_job_waits_is_said(engine: Engine, clock: Clock) -> None:
-    job_id = submit(engine, clock)
-
-    def why() -> str | None:
-        with reading(engine) as session:
-            job = service.get(session, job_id)
-            return status.describe(session, [job], now=clock())[0].waits_for
-
-    assert why() == "no worker is alive"
     with transaction(engine) as session:
-        pool.hello(session, "w1", device="cpu", now=clock())
-    assert why() == "next in the queue; all workers busy"
-    clock.tick(seconds=31)
-    assert why() == "no worker is alive"
+        pool.hello(session, "w1", place=place(), now=clock())
+
+    assert [shown(engine, job_id, clock).queue_position for job_id in ids] == [2, 1, 3, 4]
+    assert [claim(engine, clock).job_id for _ in ids] == [ids[1], ids[0], ids[2], ids[3]]
 
 
 def test_idempotency_key_answers_the_same_job(engine: Engine, clock: Clock) -> None:
     def once(body: str, text: str = "hi") -> tuple[Job, bool]:
         with transaction(engine) as session:
-            return service.submit_once(
-                session, Spec(text=text), key="k", body_sha256=body, now=clock()
-            )
+            about = {"project": PROJECT, "by": BY, "now": clock()}
+            return service.submit_once(session, Spec(text=text), key="k", body_sha256=body, **about)
 
     first, replayed = once("b1")
     assert not replayed

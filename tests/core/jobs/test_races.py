@@ -14,19 +14,14 @@ from core.artifacts.store import LocalStore
 from core.db.models import CacheEntry, Chunk, Job
 from core.db.session import insert_new, reading, transaction
 from core.errors import InFlight, SpecInvalid
-from core.jobs import lease, planning, scheduler, service
-from core.jobs.lease import Claim, Stored
+from core.jobs import control, planning, recovery, service
+from core.jobs.adoption import Stored
+from core.jobs.lease import Claim
 from core.kinds._base import kinds
 from core.kinds.echo import Spec
 from core.tensors.formats import Pairs, save_pairs
 from tests.conftest import Clock
-from tests.core.jobs.test_jobs import LEASE, claim, finish, state, submit
-
-
-def submit_spec(engine: Engine, clock: Clock, **spec: Any) -> str:
-    parsed = kinds()[spec["kind"]].spec.model_validate(spec)
-    with transaction(engine) as session:
-        return service.submit(session, parsed, now=clock()).id
+from tests.life import BY, PROJECT, RULES, claim, finish, state, submit, try_claim, uploaded
 
 
 def model_file(store: LocalStore, clock: Clock) -> Stored:
@@ -56,20 +51,14 @@ def fit(engine: Engine, clock: Clock, store: LocalStore) -> str:
     pairs = Pairs([str(row) for row in range(40)], some, some)
     save_pairs(path, pairs)
     blob = store.put(path)
-    values = {"sha256": blob.sha256, "size_bytes": blob.size_bytes, "format": "pairs"}
-    about = {"media_type": "x", "file_name": "p", "meta": pairs.meta(), "created_at": clock()}
-    with transaction(engine) as session:
-        from core.db.models import Artifact
-
-        insert_new(session, Artifact, {**values, **about})
-    job_id = submit_spec(engine, clock, kind="fit_federated", pairs=blob.sha256)
+    uploaded(engine, blob, clock, format_name="pairs", meta=pairs.meta())
+    job_id = submit(engine, clock, kind="fit_federated", pairs=blob.sha256)
     while True:
         claimed = claim(engine, clock)
         if claimed.stage == "assemble":
             break
         finish(engine, claimed, clock)
-    with transaction(engine) as session:
-        lease.release_all(session, owner_prefix="w", now=clock())
+    recovery.release_all(engine, owner_prefix="w", now=clock(), rules=RULES)
     return job_id
 
 
@@ -95,10 +84,12 @@ def submit_while(engine: Engine, clock: Clock, fit: str, other: Callable[[], Non
 
     def submits() -> str:
         with transaction(engine) as session:
-            planning.resolve(session, spec)  # the upstream's state is read, nothing written yet
+            planning.resolve(
+                session, spec, project=PROJECT
+            )  # the upstream's state is read, nothing written yet
             submitting.set()
             time.sleep(0.5)
-            return service.submit(session, spec, now=clock()).id
+            return service.submit(session, spec, project=PROJECT, by=BY, now=clock()).id
 
     def interferes() -> None:
         submitting.wait()
@@ -125,7 +116,7 @@ def test_a_job_submitted_while_its_upstream_is_cancelled_does_not_wait(
 ) -> None:
     def cancels() -> None:
         with transaction(engine) as session:
-            service.cancel(session, fit, now=clock())
+            control.cancel(session, fit, project=PROJECT, now=clock())
 
     job_id = submit_while(engine, clock, fit, cancels)
 
@@ -138,8 +129,9 @@ def test_one_idempotency_key_makes_one_job(engine: Engine, clock: Clock) -> None
 
         def once(key: str = key) -> str:
             with transaction(engine) as session:
+                about = {"project": PROJECT, "by": BY, "now": clock()}
                 job, _ = service.submit_once(
-                    session, Spec(text="hi"), key=key, body_sha256="b", now=clock()
+                    session, Spec(text="hi"), key=key, body_sha256="b", **about
                 )
                 return job.id
 
@@ -167,21 +159,17 @@ def test_related_upstreams_may_be_cancelled_at_once(engine: Engine, clock: Clock
     with reading(engine) as session:
         pairs = service.get(session, fit).spec["pairs"]
     for _ in range(8):
-        first, second = (
-            submit_spec(engine, clock, kind="fit_federated", pairs=pairs) for _ in range(2)
-        )
+        first, second = (submit(engine, clock, kind="fit_federated", pairs=pairs) for _ in range(2))
         lost = []
         for model in (first, second, first, second):
-            cache = submit_spec(engine, clock, kind="cache_targets", model=f"{model}/model")
+            cache = submit(engine, clock, kind="cache_targets", model=f"{model}/model")
             below = {"kind": "distill", "targets": f"{cache}/targets"}
             lost += [cache]
-            lost += [
-                submit_spec(engine, clock, model=f"{m}/model", **below) for m in (first, second)
-            ]
+            lost += [submit(engine, clock, model=f"{m}/model", **below) for m in (first, second)]
 
         def cancels(job_id: str) -> None:
             with transaction(engine) as session:
-                service.cancel(session, job_id, now=clock())
+                control.cancel(session, job_id, project=PROJECT, now=clock())
 
         together(lambda f=first: cancels(f), lambda s=second: cancels(s))
 
@@ -195,16 +183,9 @@ def test_many_claimers_never_share_a_chunk(engine: Engine, clock: Clock) -> None
 
     def claims() -> list[int]:
         mine = []
-        while True:
-            with transaction(engine) as session:
-                best = scheduler.pick(session, lock=True)
-                found = best and lease.claim(session, best, owner="w", now=clock(), lease=LEASE)
-            if isinstance(found, Claim):
-                mine.append(found.chunk_id)
-            else:
-                with reading(engine) as session:
-                    if scheduler.pick(session) is None:
-                        return mine
+        while (found := try_claim(engine, clock)) is not None:
+            mine.append(found.chunk_id)
+        return mine
 
     taken = [chunk for mine in together(claims, claims, claims, claims) for chunk in mine]
 

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, select
 
 from core.artifacts.store import LocalStore
-from core.db.models import Artifact, Chunk, Job, Output
-from core.db.session import insert_new, make_engine, reading, transaction, upgrade
+from core.db.models import Chunk, Job, Output
+from core.db.session import make_engine, reading, transaction, upgrade
 from core.distill.export import load_student
 from core.errors import SpecInvalid
-from core.jobs import lease, lineage, scheduler, service, status
+from core.jobs import control, lineage, service, status
 from core.jobs.runner import Runner
 from core.kinds._base import kinds
 from core.tensors.formats import Pairs, save_pairs
 from tests.conftest import Clock, make_runner
+from tests.life import PROJECT, release, submit, try_claim, uploaded
 
 TRAINING = {"epochs": 3, "batch_size": 32, "warmup_steps": 2}
 CLUSTERING = {"method": "kmeans", "max_clusters": 4, "min_cluster_size": 4}
@@ -56,23 +56,10 @@ class World:
         path = self.folder / "pairs.safetensors"
         save_pairs(path, pairs)
         blob = self.store.put(path)
-        values = {
-            "sha256": blob.sha256,
-            "size_bytes": blob.size_bytes,
-            "format": "pairs",
-            "media_type": "application/octet-stream",
-            "file_name": "pairs.safetensors",
-            "meta": pairs.meta(),
-            "created_at": self.clock(),
-        }
-        with transaction(self.engine) as session:
-            insert_new(session, Artifact, values)
-        return blob.sha256
+        return uploaded(self.engine, blob, self.clock, format_name="pairs", meta=pairs.meta())
 
     def submit(self, **spec: Any) -> str:
-        parsed = kinds()[spec["kind"]].spec.model_validate(spec)
-        with transaction(self.engine) as session:
-            return service.submit(session, parsed, now=self.clock()).id
+        return submit(self.engine, self.clock, **spec)
 
     def run(self) -> None:
         while self.runner.run_one():
@@ -178,18 +165,9 @@ def test_every_chunk_gives_the_same_bytes_elsewhere(world: World, other_world: W
 
 def _run_every_chunk_twice(world: World) -> None:
     """Run each chunk, lose the lease before its write, and run it again."""
-    while True:
-        with transaction(world.engine) as session:
-            best = scheduler.pick(session)
-            if best is None:
-                return
-            dead = lease.claim(
-                session, best, owner="dead", now=world.clock(), lease=timedelta(seconds=30)
-            )
-        assert dead is not None
+    while try_claim(world.engine, world.clock, "dead") is not None:
         world.clock.tick(seconds=31)
-        with transaction(world.engine) as session:
-            lease.release_expired(session, now=world.clock(), max_failures=3)
+        assert release(world.engine, world.clock) == 1
         world.runner.run_one()
 
 
@@ -200,10 +178,11 @@ def test_the_same_work_is_found_again_across_jobs(world: World) -> None:
     second = world.chain(pairs)
     world.run()
 
-    assert world.status(first["cache_targets"]).cache_hits == 0
-    again = world.status(second["cache_targets"])
+    assert world.job(first["cache_targets"]).cache_hits == 0
+    again = world.job(second["cache_targets"])
     assert again.cache_hits == 3, "one bivector block and two target blocks"
-    assert again.artifacts == world.status(first["cache_targets"]).artifacts
+    made = [world.status(jobs["cache_targets"]).artifacts for jobs in (first, second)]
+    assert made[0] == made[1]
 
 
 def test_a_lost_blob_is_computed_again(world: World) -> None:
@@ -335,7 +314,7 @@ def test_a_failed_upstream_fails_what_waits_for_it(other_world: World) -> None:
     pairs = other_world.upload(tiny_pairs())
     jobs = other_world.chain(pairs)
     with transaction(other_world.engine) as session:
-        service.cancel(session, jobs["fit_federated"], now=other_world.clock())
+        control.cancel(session, jobs["fit_federated"], project=PROJECT, now=other_world.clock())
 
     for name in ("cache_targets", "distill", "evaluate"):
         job = other_world.job(jobs[name])
@@ -381,7 +360,10 @@ def test_cancel_reaches_a_running_chunk(other_world: World) -> None:
         time.sleep(0.05)
 
     with transaction(world.engine) as session:
-        assert service.cancel(session, endless, now=world.clock()).state == "cancelling"
+        assert (
+            control.cancel(session, endless, project=PROJECT, now=world.clock()).state
+            == "cancelling"
+        )
     thread.join(10)
 
     assert not thread.is_alive()

@@ -1,0 +1,135 @@
+"""What must happen though nobody asks: dead workers' chunks come back, deadlines pass.
+
+Any number of processes may do this at once: each duty looks again under the job's lock.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Engine, Select, func, or_, select
+from sqlalchemy.orm import Session
+
+from core.db.models import Chunk, Job, Worker
+from core.db.session import reading, transaction
+from core.errors import DeadlinePassed, WorkerLost
+from core.jobs import lease, planning, pool
+from core.jobs.lease import Rules
+from core.jobs.scheduler import IN_QUEUE
+from core.jobs.states import READY_CHUNK, RUNNING_CHUNK, TERMINAL, ChunkState
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What one round of the reconciler did."""
+
+    released: int
+    """Chunks taken back from workers that stopped renewing."""
+    overdue: int
+    """Jobs whose deadline had passed."""
+
+
+def tick(engine: Engine, *, now: datetime, rules: Rules) -> Tally:
+    """Do every duty once."""
+    return Tally(
+        released=release_expired(engine, now=now, rules=rules),
+        overdue=fail_overdue(engine, now=now),
+    )
+
+
+def any_expired(engine: Engine, *, now: datetime) -> bool:
+    """Return whether release_expired would find work; reads only."""
+    with reading(engine) as session:
+        return session.scalar(_expired(now).limit(1)) is not None
+
+
+def _expired(now: datetime) -> Select[int]:
+    return select(Chunk.id).where(Chunk.state == RUNNING_CHUNK, Chunk.lease_until < now)
+
+
+def release_expired(engine: Engine, *, now: datetime, rules: Rules) -> int:
+    """Take back every chunk whose lease ran out: its worker is gone or cannot reach us."""
+    with reading(engine) as session:
+        expired = session.scalars(_expired(now).order_by(Chunk.lease_until)).all()
+    # Each in its own transaction: it ends with a lock on the project, which must be the last.
+    return _each(engine, expired, lambda session, one: _release(session, one, now=now, rules=rules))
+
+
+def _each(engine: Engine, ids: Sequence[int], work: Callable[[Session, int], bool]) -> int:
+    done = 0
+    for one in ids:
+        with transaction(engine) as session:
+            done += work(session, one)
+    return done
+
+
+def _release(session: Session, chunk_id: int, *, now: datetime, rules: Rules) -> bool:
+    job_id = session.scalars(select(Chunk.job_id).where(Chunk.id == chunk_id)).one()
+    job = session.get_one(Job, job_id, with_for_update=True)
+    chunk = session.get_one(Chunk, chunk_id, with_for_update=True, populate_existing=True)
+    if chunk.state != ChunkState.RUNNING or chunk.lease_until is None or chunk.lease_until >= now:
+        return False
+    node = session.scalar(select(Worker.node_id).where(Worker.id == chunk.owner))
+    lost = WorkerLost(f"worker {chunk.owner} stopped renewing its lease")
+    lease.put_back(session, job, chunk, lost, node=node, now=now, rules=rules)
+    return True
+
+
+def release_all(engine: Engine, *, owner_prefix: str, now: datetime, rules: Rules) -> int:
+    """Take back every running chunk of these owners: their server is known to be gone.
+
+    The chunks are not to blame, so no failure is counted.
+    """
+    owned = select(Chunk.id).where(
+        Chunk.state == RUNNING_CHUNK, Chunk.owner.startswith(owner_prefix, autoescape=True)
+    )
+    with reading(engine) as session:
+        chunks = session.scalars(owned.order_by(Chunk.id)).all()
+
+    def give_back(session: Session, chunk_id: int) -> bool:
+        chunk = session.get_one(Chunk, chunk_id)
+        job = session.get_one(Job, chunk.job_id, with_for_update=True)
+        lease.end_attempt(session, job, chunk, ChunkState.READY, now=now, rules=rules)
+        return True
+
+    return _each(engine, chunks, give_back)
+
+
+def fail_overdue(engine: Engine, *, now: datetime) -> int:
+    """Fail every job that is not done by its deadline; what runs of it loses its lease."""
+    overdue = select(Job.id).where(
+        Job.finished_at.is_(None), Job.deadline_at.is_not(None), Job.deadline_at < now
+    )
+    with reading(engine) as session:
+        ids = session.scalars(overdue.order_by(Job.id)).all()
+    failed = 0
+    for job_id in ids:
+        with transaction(engine) as session:
+            job = session.get_one(Job, job_id, with_for_update=True)
+            if job.state not in TERMINAL:
+                late = DeadlinePassed(f"not done by its deadline, {job.deadline_at:%F %T} UTC")
+                planning.fail(session, job, late, now=now)
+                failed += 1
+    return failed
+
+
+def ready_pools(session: Session, *, now: datetime) -> dict[str, int]:
+    """Return for each pool how many of its live workers could take a ready chunk."""
+    workers = Counter(worker.kind for worker in pool.usable(session, now=now))
+    found = {}
+    for kind, there in sorted(workers.items()):
+        ready = (
+            select(Chunk.id)
+            .join(Job, Job.id == Chunk.job_id)
+            .where(
+                IN_QUEUE,
+                Chunk.state == READY_CHUNK,
+                or_(Chunk.device.is_(None), Chunk.device == kind),
+            )
+            .limit(there)
+        )
+        count = session.scalar(select(func.count()).select_from(ready.subquery())) or 0
+        if count:
+            found[kind] = count
+    return found

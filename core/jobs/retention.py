@@ -1,0 +1,49 @@
+"""Which checkpoints are kept: of a chain the best, the latest and the pinned ones.
+
+Only rows go here; bytes that no row names any more are taken by the sweep. What the job offers its
+user (role artifact) never expires by itself.
+"""
+
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from core.db.models import CacheEntry, Chunk, Job, Output
+
+
+def drop_earlier(session: Session, chunk: Chunk) -> None:
+    """Forget a chain's checkpoints before ``chunk``, but for the best and the pinned ones."""
+    best = None
+    if chunk.score is not None:
+        scored = select(Chunk.id).where(
+            Chunk.job_id == chunk.job_id,
+            Chunk.stage_index == chunk.stage_index,
+            Chunk.score.is_not(None),
+        )
+        best = session.scalar(scored.order_by(Chunk.score, Chunk.index).limit(1))
+    earlier = select(Chunk.id).where(
+        Chunk.id == Output.chunk_id,
+        Chunk.stage_index == chunk.stage_index,
+        Chunk.index < chunk.index,
+        Chunk.id != (best or 0),
+    )
+    _drop(session, Output.job_id == chunk.job_id, earlier.exists())
+
+
+def drop_intermediate(session: Session, job: Job) -> None:
+    """Forget what the fanned stages of a finished job left for later stages.
+
+    What lies under a cache key stays: any other job may find it.
+    """
+    fanned = select(Chunk.id).where(Chunk.id == Output.chunk_id, Chunk.chained.is_(False))
+    shared = select(CacheEntry.key).where(CacheEntry.sha256 == Output.sha256)
+    _drop(session, Output.job_id == job.id, fanned.exists(), ~shared.exists())
+
+
+def _drop(session: Session, *where: Any) -> None:
+    session.execute(
+        delete(Output)
+        .where(Output.role == "checkpoint", Output.pinned.is_(False), *where)
+        .execution_options(synchronize_session=False)
+    )
