@@ -1,10 +1,14 @@
 # Every target makes the environment first; nothing else is assumed.
 BIN := .venv/bin
 
-.PHONY: demo test check up clean
+.PHONY: demo team test check up clean
 
 demo: .venv/.ready  ## run the main job on real data, end to end over HTTP
 	$(BIN)/python examples/wordnet/demo.py
+
+team: .venv/.ready  ## the same job through team mode: PostgreSQL, Redis, beat and two workers
+	sh scripts/servers.sh
+	$(BIN)/python -m scripts.team $(TEAM_ARGS)
 
 test: check  ## lint, types, import rules, then every test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 -q

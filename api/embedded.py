@@ -19,8 +19,10 @@ MOST_WAIT_S = 10.0
 STEADY_S = 30.0
 """A worker that lived so long starts again at once."""
 STOP_S = 5.0
-_OWN = frozenset({"host", "port", "api_key", "devices", "threads"})
-"""Settings of the server alone: a worker gets neither the key nor the address."""
+_OWN = frozenset(
+    {"host", "port", "api_key", "key_secret", "metrics_key", "broker_url", "devices", "threads"}
+)
+"""Settings of the server alone: a worker gets neither a key nor the address."""
 
 
 def devices_of(settings: Settings, *, dev: Path = Path("/dev")) -> tuple[str, ...]:
@@ -54,7 +56,10 @@ class Embedded:
         """Plan one worker per device, the cores shared among them."""
         devices = devices_of(settings)
         threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
-        commands = [[sys.executable, "-m", "workers", "--device", device] for device in devices]
+        # -P as this process: a folder named workers in the current directory is not ours.
+        python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
+        command = [*python, "-m", "workers", "--embedded", "--device"]
+        commands = [[*command, device] for device in devices]
         return cls(commands, worker_env(settings, threads))
 
     def start(self) -> None:

@@ -26,6 +26,8 @@ QUIET: Mapping[str, int] = {
     "alembic": logging.WARNING,
     "amqp": logging.WARNING,
     "celery": logging.WARNING,
+    "httpcore2": logging.WARNING,
+    "httpx2": logging.WARNING,
     "kombu": logging.WARNING,
     "matplotlib": logging.WARNING,
     "onnx_ir": logging.WARNING,
@@ -39,15 +41,25 @@ QUIET: Mapping[str, int] = {
 HIDDEN = "***"
 LITERAL_FROM = 12
 """Shorter passwords are hidden only where the shape tells: as words they would hide too much."""
-_SHAPES: Sequence[tuple[re.Pattern[str], str]] = (
+_SHAPES: Sequence[tuple[str, re.Pattern[str], str]] = (
     # scheme://user:password@host; greedy, for an @ may stand in a password. Bounded: linear time.
-    (re.compile(r"([A-Za-z][\w+.-]{0,30}://[^\s:@/\"']{0,128}):[^\s\"'<>]{0,256}@"), r"\1:***@"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[^\s\"',]{12,}"), r"\1 ***"),
+    (
+        "://",
+        re.compile(r"([A-Za-z][\w+.-]{0,30}://[^\s:@/\"']{0,128}):[^\s\"'<>]{0,256}@"),
+        r"\1:***@",
+    ),
+    ("bearer", re.compile(r"(?i)\b(bearer)\s+[^\s\"',]{12,}"), r"\1 ***"),
+    ("basic", re.compile(r"(?i)\b(basic)\s+[^\s\"',]{12,}"), r"\1 ***"),
     # The part that names the key stays: it tells which one to revoke.
-    (re.compile(r"(still_[0-9a-z]{12}_)[0-9a-z]{16,}"), r"\1***"),
-    (re.compile(r"\bstill_\w{20,}"), "still_***"),
-    (re.compile(r"(?i)\b(password|passwd|secret|token|api_key)=[^\s&\"',;]+"), r"\1=***"),
+    ("still_", re.compile(r"(?i)(still_[0-9a-z]{12}_)[0-9a-z]{16,}"), r"\1***"),
+    ("still_", re.compile(r"(?i)\bstill_\w{20,}"), "still_***"),
+    (
+        "=",
+        re.compile(r"(?i)\b(password|passwd|secret|token|api_key)=[^\s&\"',;]+"),
+        r"\1=***",
+    ),
 )
+"""What is in every such text, in small letters; its shape; what is written instead."""
 _FACTS: ContextVar[Mapping[str, Any]] = ContextVar("facts", default=MappingProxyType({}))
 
 
@@ -82,8 +94,10 @@ def redacted(text: str, *, secrets: Sequence[str] = ()) -> str:
     """Hide passwords in URLs, Stillroom's keys, credentials, and each of ``secrets``."""
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    for shape, instead in _SHAPES:
-        text = shape.sub(instead, text)
+    small = text.lower()
+    for mark, shape, instead in _SHAPES:
+        if mark in small:
+            text = shape.sub(instead, text)
     return text
 
 

@@ -99,14 +99,14 @@ class _Live:
         self.api = trace
         self.extract = TraceContextTextMapPropagator().extract
 
-    def close(self) -> None:
-        """Send what is left, for at most EXIT_S."""
+    def close(self, limit_s: float) -> None:
+        """Send what is left, for so long at most."""
         last = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         try:
             last.start()
         except RuntimeError:
             return  # the interpreter is past starting threads; whoever ends in order calls close()
-        last.join(EXIT_S)
+        last.join(limit_s)
 
 
 _live: _Live | None = None
@@ -136,13 +136,13 @@ def set_up(settings: Settings, service_name: str) -> None:
     log.info("traces go to %s", settings.otel_endpoint)
 
 
-def close() -> None:
-    """Send the last spans and trace no more; does nothing while off."""
+def close(*, limit_s: float = EXIT_S) -> None:
+    """Send the last spans, for ``limit_s`` at most, and trace no more; does nothing while off."""
     global _live
     live, _live = _live, None
     if live is not None:
         atexit.unregister(close)
-        live.close()
+        live.close(limit_s)
 
 
 def _traces_url(endpoint: str) -> str:

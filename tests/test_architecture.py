@@ -10,7 +10,7 @@ import pytest
 from core.registry import scan
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("api", "bench", "client", "core", "migrations", "workers")
+PACKAGES = ("api", "bench", "client", "core", "migrations", "scripts", "workers")
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 VAGUE = {"utils", "util", "common", "helpers", "misc", "managers", "manager"}
 

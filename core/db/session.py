@@ -7,13 +7,21 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from core.db.models import Base
 
 _READ = "stillroom_read"
+PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""How long libpq believes in a host that vanished: seconds, the last one milliseconds."""
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
@@ -21,7 +29,7 @@ def make_engine(url: str) -> Engine:
     """Open a database. SQLite: WAL, full sync, 30 s busy timeout, BEGIN IMMEDIATE for writers."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True)
+        return create_engine(parsed, pool_pre_ping=True, connect_args=PATIENCE)
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30})
@@ -85,13 +93,16 @@ def migrating(engine: Engine) -> Iterator[Config]:
             # SQLite changes a table by making it anew: rows that refer to it must not mind.
             _pragma(connection, "foreign_keys=OFF")
         with connection.begin():
+            if not sqlite_file:
+                # Several APIs start at once: one migrates, the others wait and find it done.
+                connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('stillroom'))"))
             config.attributes["connection"] = connection
             yield config
         if sqlite_file:
             _pragma(connection, "foreign_keys=ON")
 
 
-def _pragma(connection: Connection, text: str) -> None:
+def _pragma(connection: Connection, setting: str) -> None:
     """Set a pragma outside any transaction, where alone it takes effect."""
     raw: Any = connection.connection.driver_connection
-    raw.execute(f"PRAGMA {text}").close()
+    raw.execute(f"PRAGMA {setting}").close()

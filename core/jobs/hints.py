@@ -167,7 +167,8 @@ class CeleryHints:
     def _send(self, pool: str, count: int) -> None:
         """Fill the queue of ``pool`` up to ``count`` hints, but never above the bound."""
         if self._connection is None:
-            self._connection = self._app.connection_for_write()
+            once = {"max_retries": 0}
+            self._connection = self._app.connection_for_write(transport_options=once)
         channel = self._connection.default_channel
         queue = self._app.amqp.queues[pool].bind(channel)
         producer = self._app.amqp.Producer(channel, auto_declare=False)

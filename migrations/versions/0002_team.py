@@ -179,6 +179,13 @@ def upgrade() -> None:
             unique=False,
         )
         batch_op.create_index(
+            "ix_jobs_over",
+            ["project_id", "kind", "state", "device_seconds", "attempts", "cache_hits"],
+            unique=False,
+            sqlite_where=sa.text("finished_at IS NOT NULL"),
+            postgresql_where=sa.text("finished_at IS NOT NULL"),
+        )
+        batch_op.create_index(
             "ix_jobs_queue",
             ["project_id", "rank", "created_at", "id"],
             unique=False,
@@ -199,6 +206,22 @@ def upgrade() -> None:
         batch_op.add_column(
             sa.Column("pinned", sa.Boolean(), nullable=False, server_default=sa.false())
         )
+        batch_op.create_index(
+            "ix_outputs_checkpoints",
+            ["sha256"],
+            unique=False,
+            sqlite_where=sa.text("role = 'checkpoint'"),
+            postgresql_where=sa.text("role = 'checkpoint'"),
+        )
+    op.create_index("ix_artifacts_size", "artifacts", ["sha256", "size_bytes"], unique=False)
+    op.create_index(
+        "ix_events_failed",
+        "events",
+        ["id"],
+        unique=False,
+        sqlite_where=sa.text("type = 'chunk.failed'"),
+        postgresql_where=sa.text("type = 'chunk.failed'"),
+    )
 
     with op.batch_alter_table("uploads", schema=None) as batch_op:
         batch_op.add_column(
@@ -279,7 +302,10 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_uploads_project_id_uploads_created_at"))
         batch_op.drop_column("project_id")
 
+    op.drop_index("ix_events_failed", table_name="events")
+    op.drop_index("ix_artifacts_size", table_name="artifacts")
     with op.batch_alter_table("outputs", schema=None) as batch_op:
+        batch_op.drop_index("ix_outputs_checkpoints")
         batch_op.drop_column("pinned")
 
     with op.batch_alter_table("jobs", schema=None) as batch_op:
@@ -300,6 +326,7 @@ def downgrade() -> None:
             sqlite_where=sa.text("finished_at IS NULL"),
             postgresql_where=sa.text("finished_at IS NULL"),
         )
+        batch_op.drop_index("ix_jobs_over")
         batch_op.drop_index(batch_op.f("ix_jobs_kind_jobs_state_jobs_created_at"))
         batch_op.drop_index(
             "ix_jobs_deadline",

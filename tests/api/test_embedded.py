@@ -38,16 +38,19 @@ def test_every_gpu_is_a_device_numbered_from_zero(tmp_path: Path) -> None:
 
 
 def test_workers_get_every_setting_but_neither_key_nor_address(tmp_path: Path) -> None:
-    settings = make_settings(tmp_path, host="0.0.0.0", api_key=KEY, max_failures=7, devices=["cpu"])
+    secrets = {"api_key": KEY, "key_secret": "s" * 32, "metrics_key": "m" * 16}
+    settings = make_settings(
+        tmp_path, host="0.0.0.0", attempts={"worker_lost": 7}, devices=["cpu"], **secrets
+    )
 
     env = worker_env(settings, threads=3)
 
     told = {name: value for name, value in env.items() if name.startswith("STILL_")}
     assert told["STILL_DATA_DIR"] == str(tmp_path)
-    assert told["STILL_MAX_FAILURES"] == "7"
-    assert told["STILL_LEASE"] == "PT30S"
+    assert told["STILL_ATTEMPTS"] == '{"worker_lost": 7}'
+    assert told["STILL_LEASE"] == "PT20S"
     assert env["OMP_NUM_THREADS"] == env["MKL_NUM_THREADS"] == "3"
-    assert KEY not in str(env)
+    assert not [secret for secret in secrets.values() if secret in str(env)]
     assert not {"STILL_HOST", "STILL_PORT", "STILL_API_KEY", "STILL_DEVICES"} & told.keys()
     assert "PATH" in env
 

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, select
 
 from core import logs
+from core.artifacts.store import LocalStore
+from core.db.models import Chunk
+from core.db.session import reading, transaction
+from core.jobs import service
+from core.jobs.projects import FIRST_PROJECT
+from core.kinds.echo import Spec
 from core.settings import Settings
+from tests.conftest import Clock, make_runner
 
 STILL_KEY = "still_4fq0zk8w2mxv_7rtypks9dhcj6bngqe1a4fq0zk8w2mxv7rtypks9d"
 DATABASE = "postgresql+psycopg://still:pa%40ss-of-the-database@db.example/still"
@@ -30,14 +38,14 @@ def team(folder: Path) -> Settings:
 
 
 class Lines:
-    """A logger of the test's own, and what it wrote."""
+    """What is written to a logger: its own, or the one named."""
 
-    def __init__(self, formatter: logging.Formatter) -> None:
+    def __init__(self, formatter: logging.Formatter, log: logging.Logger | None = None) -> None:
         self._stream = io.StringIO()
-        handler = logging.StreamHandler(self._stream)
-        handler.setFormatter(formatter)
-        self.log = logging.Logger("test", logging.INFO)
-        self.log.addHandler(handler)
+        self.handler = logging.StreamHandler(self._stream)
+        self.handler.setFormatter(formatter)
+        self.log = log or logging.Logger("test", logging.INFO)
+        self.log.addHandler(self.handler)
 
     def __call__(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._stream.getvalue().splitlines()]
@@ -198,6 +206,31 @@ def test_what_json_cannot_say_is_said_in_words(lines: Lines) -> None:
     assert (line["path"], line["share"], line["ok"]) == ("/srv", 0.5, True)
     assert line["message"] == "line one\nline two \ud800"
     assert lines.text.count("\n") == 1
+
+
+class FullDisk(LocalStore):
+    def put(self, path: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+
+def test_what_is_logged_while_a_chunk_runs_says_which_chunk(
+    engine: Engine, clock: Clock, tmp_path: Path
+) -> None:
+    with transaction(engine) as session:
+        spec = Spec(text="hi")
+        job = service.submit(session, spec, project=FIRST_PROJECT, by="local", now=clock())
+    runner = make_runner(engine, FullDisk(tmp_path / "store"), clock, tmp_path)
+    lines = Lines(logs.JsonLines(), logging.getLogger("core.jobs"))
+
+    runner.run_one()
+    lines.log.removeHandler(lines.handler)
+
+    assert any("No space left" in line.get("traceback", "") for line in lines())
+    with reading(engine) as session:
+        chunk_id = session.scalar(select(Chunk.id))
+    told = {(line.get("job"), line.get("chunk"), line.get("attempt")) for line in lines()}
+    assert told == {(job.id, chunk_id, 1)}
+    assert logs.facts() == {}
 
 
 PROGRAM = """

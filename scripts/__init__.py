@@ -1,0 +1,1 @@
+"""What starts Stillroom on a machine; no part of the service itself."""

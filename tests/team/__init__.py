@@ -1,0 +1,1 @@
+"""Team mode: real PostgreSQL, Redis, API, beat and workers, as processes."""
