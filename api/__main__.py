@@ -4,7 +4,7 @@ import logging
 import signal
 import socket
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import FrameType
 
 import uvicorn
@@ -14,15 +14,16 @@ from pydantic_settings import SettingsError
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from api.access import JsonLines
-from api.app import create_app, open_data
+from api.app import DoorOpen, check_door, create_app, open_data
 from api.lock import DataDirBusy, only_server
+from api.rates import BadLimit, make_rates
+from core import logs, tracing
 from core.db.session import make_engine
 from core.errors import Conflict
 from core.settings import Settings
 
 USAGE_ERROR = 2
-SECRETS = frozenset({"API_KEY", "DATABASE_URL"})
+SECRETS = frozenset({"API_KEY", "BROKER_URL", "DATABASE_URL", "KEY_SECRET", "METRICS_KEY"})
 """Settings whose value is never printed."""
 DATABASES = ("sqlite", "postgresql")
 EXAMPLE_URL = "postgresql+psycopg://user:password@host/name"
@@ -57,21 +58,28 @@ def main() -> int:
     """Serve until a signal; return the exit status."""
     try:
         settings = Settings()
+        check_door(settings)
+        make_rates(settings)
         listener = _listen(settings.host, settings.port)
-        with only_server(settings.data_dir):  # the application takes the lock for good
+        # The application takes the lock for good; a team's servers share the folder.
+        with nullcontext() if settings.team else only_server(settings.data_dir):
             _check_database(settings.url)
             open_data(settings)[0].dispose()
+        tracing.set_up(settings, "stillroom-api")
     except (
         ValidationError,
         SettingsError,
         DataDirBusy,
         DatabaseRefused,
+        DoorOpen,
+        BadLimit,
+        tracing.TracingUnavailable,
         Conflict,
         OSError,
     ) as error:
         sys.stderr.write(f"stillroom: {_one_line(error)}\n")
         return USAGE_ERROR
-    _set_up_logs()
+    logs.set_up(settings, process="api")
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -86,6 +94,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
     server.run(sockets=[listener])
+    tracing.close()
     return 0 if server.started else 1
 
 
@@ -156,13 +165,6 @@ def _one_line(error: Exception) -> str:
         else:
             told.append(f"STILL_{name}: {message}; got {wrong['input']!r}")
     return "; ".join(told)
-
-
-def _set_up_logs() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
-"""Gives every request an id, logs it as one line, makes what nobody foresaw a plain 500."""
+"""Gives every request an id, a span and a line of log; makes what nobody foresaw a plain 500."""
 
-import json
 import logging
 import re
 import secrets
 import time
-from datetime import UTC, datetime
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import problem
+from core import logs, tracing
 
 log = logging.getLogger("stillroom.access")
 _SANE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FIELDS = ("request_id", "method", "path", "status", "millis", "client", "problem")
 
 
 class Access:
-    """The outermost layer: request id, access log, last resort."""
+    """The outermost layer: request id, trace, access log, last resort."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -29,11 +26,21 @@ class Access:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if _SANE.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         # A copy: the state of the lifespan is shared between requests.
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        method, parent = scope["method"], headers.get("traceparent")
+        with (
+            logs.about(request_id=request_id),
+            tracing.request_span(method, traceparent=parent, request_id=request_id) as span,
+        ):
+            await self._answer(scope, receive, send, span)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, span: tracing.Mark) -> None:
         started, status = time.perf_counter(), 0
+        request_id = scope["state"]["request_id"]
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -53,6 +60,8 @@ class Access:
             detail = f"something went wrong on our side; the log has it under {request_id}"
             await problem(scope, 500, detail)(scope, receive, sending)
         finally:
+            route = getattr(scope.get("route"), "path", None)
+            span.answered(status, route=route, problem=scope["state"].get("problem"))
             _log(scope, status=status, millis=(time.perf_counter() - started) * 1000)
 
 
@@ -69,22 +78,3 @@ def _log(scope: Scope, *, status: int, millis: float) -> None:
         "problem": scope["state"].get("problem"),
     }
     log.info("%s %s %s", facts["method"], facts["path"], status, extra=facts)
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object per record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as a line."""
-        line: dict[str, Any] = {
-            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        for name in _FIELDS:
-            if getattr(record, name, None) is not None:
-                line[name] = getattr(record, name)
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=True)

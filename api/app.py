@@ -16,16 +16,36 @@ from starlette.staticfiles import StaticFiles
 from api import pages, problems
 from api.access import Access
 from api.bodies import StrictRoute
-from api.deps import Context, Lane, known_query
+from api.deps import Context, Lane, known_query, scopes_of
 from api.embedded import Embedded
 from api.guard import Guard
 from api.lock import only_server
-from api.routes import artifacts, events, health, jobs, kinds, uploads
+from api.principals import Principals
+from api.problems import leaves
+from api.rates import make_rates
+from api.routes import (
+    artifacts,
+    audit,
+    checkpoints,
+    estimates,
+    events,
+    health,
+    jobs,
+    keys,
+    kinds,
+    metrics,
+    projects,
+    uploads,
+)
+from api.routes import pool as pool_routes
 from api.views import Problem
 from core.artifacts.limits import Limits
 from core.artifacts.store import LocalStore
 from core.db.session import make_engine, transaction, upgrade
-from core.jobs import housekeeping, lease, pool
+from core.jobs import housekeeping, pool, recovery
+from core.jobs.hints import CeleryHints, Hints, NoHints, make_celery
+from core.jobs.keys import load_secret
+from core.jobs.lease import Rules
 from core.jobs.uploads import Uploads
 from core.settings import Settings
 
@@ -34,7 +54,21 @@ ABOUT = """Expensive teachers in, small fast students out.
 Submit a **spec**, get a **job**, follow it, download **artifacts** by the SHA-256 of their bytes.
 Errors are RFC 9457 problems: `code` is stable, `errors[].pointer` names the field, `retryable`
 says whether the same request may succeed later.
+
+A key belongs to a project and has scopes: `read`, `submit`, `admin`. What another project owns is
+a 404, as if it were not there.
 """
+BEARER = "STILL_API_KEY, or a key of a project with the scope that the call names"
+
+
+class DoorOpen(RuntimeError):
+    """Team mode was asked for without the operator's key."""
+
+
+def check_door(settings: Settings) -> None:
+    """Refuse to serve a team without a key."""
+    if settings.team and settings.api_key is None:
+        raise DoorOpen("team mode needs STILL_API_KEY, of at least 16 characters")
 
 
 def utc_now() -> datetime:
@@ -45,14 +79,23 @@ def utc_now() -> datetime:
 def create_app(
     settings: Settings, *, clock: Callable[[], datetime] = utc_now, workers: bool = True
 ) -> FastAPI:
-    """Build the API; ``workers``: run the embedded worker processes too."""
+    """Build the API; ``workers``: run the embedded worker processes too, unless it is a team's.
+
+    Raises:
+        DoorOpen: team mode without the operator's key.
+    """
+    check_door(settings)
+    workers = workers and not settings.team
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            stack.enter_context(only_server(settings.data_dir))
+            if not settings.team:  # of a team's API there may be several
+                stack.enter_context(only_server(settings.data_dir))
             context = await run_in_threadpool(_open, settings, clock, embedded=workers)
             stack.callback(context.engine.dispose)
+            if isinstance(context.hints, CeleryHints):
+                stack.push_async_callback(run_in_threadpool, context.hints.close)
             app.state.context = context
             if workers:
                 crew = Embedded.of(settings)
@@ -70,16 +113,19 @@ def create_app(
         redoc_url=None,
         openapi_url=None,  # api/pages serves it too, by the same rules as every route
         dependencies=[
-            Depends(HTTPBearer(auto_error=False, description="STILL_API_KEY, if set")),
+            Depends(HTTPBearer(auto_error=False, description=BEARER)),
             Depends(known_query),
         ],
     )
     app.router.route_class = StrictRoute
-    for module in (jobs, events, artifacts, uploads, kinds, health, pages):
+    for module in (
+        *(estimates, jobs, events, checkpoints, artifacts, uploads, kinds),
+        *(pool_routes, projects, keys, audit, health, metrics, pages),
+    ):
         app.include_router(module.router)
     app.mount("/static", StaticFiles(directory=Path(pages.__file__).parent / "static"))
     problems.install(app)
-    app.add_middleware(Guard, settings=settings, clock=clock)
+    app.add_middleware(Guard, settings=settings)
     app.add_middleware(Access)
     _describe(app)
     return app
@@ -119,6 +165,12 @@ def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) 
         open_limit=settings.uploads_open_limit,
     )
     arrivals.recover()
+    principals = Principals(
+        engine=engine,
+        settings=settings,
+        secret=load_secret(settings.key_secret, folder=settings.data_dir),
+        clock=clock,
+    )
     return Context(
         settings=settings,
         engine=engine,
@@ -130,20 +182,28 @@ def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) 
         imports=Lane(
             "imports", settings.imports_at_once, wait_s=settings.import_timeout.total_seconds()
         ),
+        principals=principals,
+        rates=make_rates(settings),
+        hints=_hints(settings),
     )
+
+
+def _hints(settings: Settings) -> Hints:
+    return CeleryHints(make_celery(settings)) if settings.team else NoHints()
 
 
 def _release(settings: Settings, engine: Engine, *, now: datetime) -> None:
     """Take back what the workers of a dead server held: we hold the lock, so none is alive."""
+    prefix, rules = settings.owner_prefix, Rules.of(settings)
+    recovery.release_all(engine, owner_prefix=prefix, now=now, rules=rules)
     with transaction(engine) as session:
-        lease.release_all(session, owner_prefix=settings.owner_prefix, now=now)
-        pool.forget_all(session, owner_prefix=settings.owner_prefix)
+        pool.forget_all(session, owner_prefix=prefix)
     shutil.rmtree(settings.scratch, ignore_errors=True)
     settings.scratch.mkdir(parents=True, exist_ok=True)
 
 
 def _describe(app: FastAPI) -> None:
-    """Put the Problem schema, to which every operation refers, into the OpenAPI document."""
+    """Complete the OpenAPI document: the Problem schema, and the scope that each call needs."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -152,6 +212,19 @@ def _describe(app: FastAPI) -> None:
         whole = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(whole.pop("$defs", {}))
         schemas["Problem"] = whole
+        for route in leaves(app.routes):
+            for method in getattr(route, "methods", None) or ():
+                call = document["paths"].get(route.path, {}).get(method.lower())
+                if call is not None:
+                    _tell_scopes(call, scopes_of(route))
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _tell_scopes(call: dict[str, Any], scopes: tuple[str, ...]) -> None:
+    """OpenAPI 3.1 lets a bearer key name the roles it needs; several entries: one is enough."""
+    if not scopes:
+        call.pop("security", None)
+        return
+    call["security"] = [{"HTTPBearer": [scope]} for scope in scopes]

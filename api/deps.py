@@ -1,9 +1,10 @@
-"""What a route may reach: one Context per application, handed in by the framework."""
+"""What a route may reach, and whom it serves: one Context, and a Principal with the right scope."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -16,15 +17,26 @@ from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect, Request
 
 from api import views
+from api.principals import METRICS, Principals
 from api.problems import Busy
+from api.rates import Rates
 from core.artifacts.store import Store
 from core.db.models import Job
 from core.db.session import reading, transaction
-from core.jobs import status
+from core.errors import Forbidden
+from core.jobs import audit, overview, recovery, status
+from core.jobs.hints import Hints
+from core.jobs.keys import Principal, Scope
+from core.jobs.shares import Fairness
 from core.jobs.uploads import Uploads
 from core.settings import Settings
 
 T = TypeVar("T")
+LONG_QUEUE = 200
+"""Jobs before one that is submitted, above which its place is not looked for at once."""
+DEAR_S = 0.03
+"""Of computing: what takes less is found out each time, and so is never stale."""
+REMEMBERED = 10_000
 
 
 class Lane:
@@ -53,6 +65,35 @@ class Lane:
             self._places.release()
 
 
+class Foretold:
+    """Remembers how a job stands where finding out is dear: behind a queue of thousands.
+
+    What cost so long to find out is kept 20 times as long, unless something of the job changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[Any, ...], tuple[status.JobStatus, float]] = {}
+
+    def of(self, job: Job, find: Callable[[], status.JobStatus]) -> status.JobStatus:
+        """Return what is remembered of a job as it is now, or find out."""
+        # A chunk that starts raises the attempts, one that ends changes the others.
+        key = (job.id, job.state, job.rank, job.chunks_over, job.attempts)
+        with self._lock:
+            known, until = self._known.get(key, (None, 0.0))
+        if known is not None and time.monotonic() < until:
+            return known
+        began = time.thread_time()
+        found = find()
+        took_s = time.thread_time() - began
+        if took_s >= DEAR_S:
+            with self._lock:
+                if len(self._known) >= REMEMBERED:
+                    self._known.clear()
+                self._known[key] = (found, time.monotonic() + 20 * took_s)
+        return found
+
+
 @dataclass(frozen=True)
 class Context:
     """The world, as the routes see it."""
@@ -66,12 +107,31 @@ class Context:
     """Whether this server runs workers of its own."""
     parts: Lane
     imports: Lane
+    principals: Principals
+    rates: Rates
+    hints: Hints
+    """Tells workers of new work, once it is committed."""
+    foretold: Foretold = field(default_factory=Foretold)
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the server is told to end: event streams end too."""
+
+    @property
+    def fairness(self) -> Fairness:
+        """How use of the pool is weighed."""
+        return Fairness(self.settings.usage_half_life, self.settings.entry_penalty)
 
     def transaction(self) -> AbstractContextManager[Session]:
         """Open a session that writes."""
         return transaction(self.engine)
+
+    @contextmanager
+    def waking(self) -> Iterator[Session]:
+        """Open a session that writes, and tell workers once it is committed: work may be ready."""
+        with self.transaction() as session:
+            yield session
+            team = self.settings.team
+            pools = recovery.ready_pools(session, now=self.clock()) if team else {}
+        self.hints.wake(pools)
 
     def reading(self) -> AbstractContextManager[Session]:
         """Open a session that only reads."""
@@ -80,6 +140,52 @@ class Context:
     def show(self, session: Session, jobs: Sequence[Job]) -> list[views.JobView]:
         """Return jobs as they are shown."""
         return views.job_views(jobs, status.describe(session, jobs, now=self.clock()))
+
+    def show_one(self, session: Session, job: Job) -> views.JobView:
+        """Return a job as it is shown alone: with its place in the queue and why it waits."""
+        return views.JobView.of(job, self.status_of(session, job))
+
+    def show_new(self, session: Session, job: Job) -> views.JobView:
+        """Return a job just submitted; behind a long queue its place is told by GET alone.
+
+        Else a burst of submissions would cost by the square of its size.
+        """
+        if overview.queue_passes(session, LONG_QUEUE):
+            return self.show(session, [job])[0]
+        return self.show_one(session, job)
+
+    def status_of(self, session: Session, job: Job) -> status.JobStatus:
+        """Return how a job stands, with its place in the queue and why it waits."""
+        return self.foretold.of(
+            job,
+            lambda: status.describe_one(session, job, now=self.clock(), fairness=self.fairness),
+        )
+
+    def note(
+        self,
+        session: Session,
+        by: Principal,
+        action: str,
+        target: str,
+        *,
+        project: str | None = None,
+        **data: Any,
+    ) -> None:
+        """Write into the audit log, in the transaction of the change; ``data`` holds no secret.
+
+        ``project`` is the one that is changed, where that is not the actor's own.
+        """
+        changed = project or by.project_id
+        now = self.clock()
+        audit.record(
+            session,
+            project=changed,
+            actor=by.actor,
+            action=action,
+            target=target,
+            now=now,
+            data=data,
+        )
 
 
 async def get_context(request: Request) -> Context:
@@ -90,6 +196,44 @@ async def get_context(request: Request) -> Context:
 
 # Dependencies are async: the framework would run others in the common pool, for every request.
 Ctx = Annotated[Context, Depends(get_context)]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The door of a route: hands in who asks, if one of these scopes is held."""
+
+    scopes: tuple[str, ...]
+
+    async def __call__(self, request: Request) -> Principal:
+        """Return the principal that the guard found.
+
+        Raises:
+            Forbidden: it holds none of the scopes.
+        """
+        principal: Principal = request.scope["state"]["principal"]
+        if principal.scopes.isdisjoint(self.scopes):
+            asked = " or ".join(self.scopes)
+            held = ", ".join(sorted(principal.scopes)) or "none"
+            raise Forbidden(f"this needs the scope {asked}; the key has: {held}")
+        return principal
+
+
+Caller = Annotated[Principal, Depends(Needs(tuple(Scope)))]
+"""Any key of a project."""
+Reader = Annotated[Principal, Depends(Needs((Scope.READ,)))]
+Submitter = Annotated[Principal, Depends(Needs((Scope.SUBMIT,)))]
+Admin = Annotated[Principal, Depends(Needs((Scope.ADMIN,)))]
+Scraper = Annotated[Principal, Depends(Needs((METRICS, Scope.ADMIN)))]
+"""STILL_METRICS_KEY, or an admin."""
+
+
+def scopes_of(route: Any) -> tuple[str, ...]:
+    """Return the scopes of which a route asks for one; none where it is open to all."""
+    dependant = getattr(route, "dependant", None)
+    for dependency in dependant.dependencies if dependant is not None else ():
+        if isinstance(dependency.call, Needs):
+            return dependency.call.scopes
+    return ()
 
 
 async def known_query(request: Request) -> None:

@@ -1,27 +1,28 @@
 """Who may come in: host, origin, key and size are checked before any route. Closed by default."""
 
-import hashlib
-import hmac
-from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Mapping
+from typing import Protocol
 from urllib.parse import quote, urlsplit
 
 from anyio import fail_after
+from fastapi.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import problem
+from api.principals import Principals, Proof
+from api.problems import OUTAGES, outage, problem
+from api.rates import Rates
+from core.errors import Unauthorized
+from core.jobs.keys import Principal
 from core.settings import Settings
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/login"})
 OPEN_FOLDERS = ("/static/",)
+"""All that answers without a key."""
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-COOKIE = "stillroom"
-COOKIE_FOR = timedelta(days=7)
 PAGE_HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -32,13 +33,26 @@ PAGE_HEADERS: Mapping[str, str] = {
 }
 
 
-class Guard:
-    """Refuses what must not reach a route."""
+class Door(Protocol):
+    """What the guard needs of the application's context, which exists once it has started."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, clock: Callable[[], datetime]) -> None:
+    @property
+    def principals(self) -> Principals:
+        """Who asks."""
+        ...
+
+    @property
+    def rates(self) -> Rates:
+        """How often."""
+        ...
+
+
+class Guard:
+    """Refuses what must not reach a route; says in ``scope["state"]`` who asks."""
+
+    def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
         self.app = app
         self._settings = settings
-        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer it."""
@@ -52,7 +66,7 @@ class Guard:
             self._check_host(scope, headers)
             or _check_origin(scope, headers)
             or _check_nul(scope)
-            or self._check_key(scope, headers)
+            or await _check_key(scope, headers)
             or _check_length(scope, headers, limit)
         )
         if refusal is not None:
@@ -74,27 +88,33 @@ class Guard:
         allowed = ", ".join(sorted(LOCAL_HOSTS))
         return problem(scope, 421, f"Host {name!r} is not served without a key; use {allowed}")
 
-    def _check_key(self, scope: Scope, headers: Headers) -> Response | None:
-        path = scope["path"]
-        if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
-            return None
-        if key_given(headers, self._settings, now=self._clock()):
-            return None
+
+async def _check_key(scope: Scope, headers: Headers) -> Response | None:
+    path = scope["path"]
+    if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
+        return None
+    door: Door = scope["app"].state.context
+    try:
+        principal = await _principal(door.principals, Proof.of(headers))
+    except Unauthorized as error:
         if not path.startswith("/v1") and "text/html" in headers.get("accept", ""):
             return RedirectResponse(f"/login?next={quote(path)}", 303)
-        detail = "send `Authorization: Bearer KEY` with the service's key"
-        return problem(scope, 401, detail, headers={"WWW-Authenticate": "Bearer"})
+        return problem(scope, 401, error.message, headers={"WWW-Authenticate": "Bearer"})
+    except OUTAGES as error:
+        return outage(scope, error)
+    scope.setdefault("state", {})["principal"] = principal
+    wait_s = await door.rates.wait_s(principal.actor)
+    if wait_s is None:
+        return None
+    told = f"this key asks too often; allowed: {door.rates.limit}; try again in {wait_s} s"
+    headers_ = {"Retry-After": str(wait_s)}
+    return problem(scope, 429, told, retryable=True, headers=headers_)
 
 
-def key_given(headers: Headers, settings: Settings, *, now: datetime) -> bool:
-    """Whether the request proves that it knows the key; true where none is set."""
-    if settings.api_key is None:
-        return True
-    secret = settings.api_key.get_secret_value()
-    scheme, _, given = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and same(given.strip(), secret):
-        return True
-    return cookie_valid(_cookie(headers), secret, now=now)
+async def _principal(principals: Principals, proof: Proof) -> Principal:
+    """Only who is not remembered costs a thread and a query."""
+    found = principals.recall(proof)
+    return found if found is not None else await run_in_threadpool(principals.find, proof)
 
 
 def _host_name(host: str) -> str:
@@ -163,35 +183,3 @@ def _watched(receive: Receive, limit: int, idle_s: float) -> Receive:
         return message
 
     return watching
-
-
-def same(given: str, secret: str) -> bool:
-    """Compare in constant time."""
-    return hmac.compare_digest(given.encode(errors="replace"), secret.encode())
-
-
-def make_cookie(secret: str, *, now: datetime) -> str:
-    """Return a value that proves the key was known, without holding it."""
-    until = str(int((now + COOKIE_FOR).timestamp()))
-    return f"{until}.{_sign(until, secret)}"
-
-
-def cookie_valid(value: str, secret: str, *, now: datetime) -> bool:
-    """Tell whether ``value`` was made with the same key and is not too old."""
-    until, _, signature = value.partition(".")
-    if not (until.isascii() and until.isdigit() and len(until) < 16):
-        return False
-    return same(signature, _sign(until, secret)) and int(until) > now.timestamp()
-
-
-def _sign(until: str, secret: str) -> str:
-    return hmac.new(secret.encode(), f"dashboard {until}".encode(), hashlib.sha256).hexdigest()
-
-
-def _cookie(headers: Headers) -> str:
-    jar: SimpleCookie = SimpleCookie()
-    try:
-        jar.load(headers.get("cookie", ""))
-    except CookieError:
-        return ""
-    return jar[COOKIE].value if COOKIE in jar else ""

@@ -36,13 +36,16 @@ CODES: Mapping[int, str] = {
     416: "range_not_satisfiable",
     421: "host_refused",
     422: "spec_invalid",
+    429: "too_many_requests",
     500: "internal",
     503: "database_unavailable",
 }
 """The code of what HTTP itself refuses; a StillroomError brings its own."""
-RETRYABLE = frozenset({408, 503})
+RETRYABLE = frozenset({408, 429, 503})
 """Of these; a StillroomError says so itself."""
 RETRY_AFTER_S = 5
+OUTAGES = (OperationalError, InterfaceError, PoolTimeout)
+"""What an absent database raises."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -107,8 +110,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(StillroomError, _of_domain)
     app.add_exception_handler(RequestValidationError, _of_validation)
     app.add_exception_handler(HTTPException, _of_http)
-    for outage in (OperationalError, InterfaceError, PoolTimeout):
-        app.add_exception_handler(outage, _of_outage)
+    for error in OUTAGES:
+        app.add_exception_handler(error, _of_outage)
 
 
 async def _of_domain(request: Request, error: Exception) -> Response:
@@ -118,7 +121,7 @@ async def _of_domain(request: Request, error: Exception) -> Response:
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status == 503:
+    if error.status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_S)
     return problem(
         request.scope,
@@ -147,38 +150,39 @@ async def _of_http(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> set[str]:
     """Every method of the path: the framework names those of its first route alone."""
     found: set[str] = set()
-    for route in _leaves(request.app.routes):
+    for route in leaves(request.app.routes):
         if isinstance(route, Route) and route.path_regex.match(request.scope["path"]):
             found |= route.methods or set()
     return found or {"GET", "HEAD"}  # a static file
 
 
-def _leaves(routes: Sequence[Any]) -> Iterator[Any]:
+def leaves(routes: Sequence[Any]) -> Iterator[Any]:
+    """Yield every route, those of included routers too."""
     for route in routes:
         included = getattr(route, "original_router", None)  # newer frameworks keep the tree
         if included is None:
             yield route
         else:
-            yield from _leaves(included.routes)
+            yield from leaves(included.routes)
 
 
 async def _of_outage(request: Request, error: Exception) -> Response:
-    log.error("database: %s", error, extra={"request_id": _request_id(request)})
+    return outage(request.scope, error)
+
+
+def outage(scope: Scope, error: Exception) -> ProblemResponse:
+    """Tell that the database does not answer."""
+    request_id = scope.get("state", {}).get("request_id")
+    log.error("database: %s", error, extra={"request_id": request_id})
     detail = "the database does not answer; nothing was changed, try again shortly"
-    return problem(
-        request.scope, 503, detail, retryable=True, headers={"Retry-After": str(RETRY_AFTER_S)}
-    )
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return problem(scope, 503, detail, retryable=True, headers=headers)
 
 
 async def _of_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     blames = blame_all(error.errors(), error.body)
     return problem(request.scope, 422, summary_of(blames), errors=blames)
-
-
-def _request_id(request: Request) -> str | None:
-    found: str | None = request.scope.get("state", {}).get("request_id")
-    return found
 
 
 def summary_of(blames: Sequence[Blame]) -> str:

@@ -73,8 +73,8 @@ class JobView(View):
     kind: str
     name: str | None
     state: JobState = Field(
-        description="waiting (for another job's output), queued, running, cancelling, succeeded, "
-        "failed, cancelled. The last three are final."
+        description="waiting (for another job's output), queued, running, pausing, paused, "
+        "cancelling, succeeded, failed, cancelled. The last three are final."
     )
     priority: int
     labels: dict[str, str]
@@ -82,9 +82,16 @@ class JobView(View):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    deadline_at: datetime | None = Field(description="It fails where it is not done by then.")
+    retry_of: str | None = Field(description="The job that this one goes on with.")
+    submitted_by: str | None = Field(description="The id of a key, `operator` or `local`.")
     progress: ProgressView
-    queue_position: int | None = Field(description="1 runs next.")
-    waits_for: str | None = Field(description="A sentence: why it is not running.")
+    queue_position: int | None = Field(
+        description="In its project's queue; 1 runs next. Null in lists, and in the answer to a "
+        "submission behind a long queue."
+    )
+    waits_for: str | None = Field(description="A sentence: why it is not running; short in lists.")
+    predicted_start_at: datetime | None = Field(description="A guess; null in lists.")
     error: ErrorView | None
     attempts: int = Field(description="Chunk attempts so far, retries included.")
     device_seconds: float = Field(description="Time that chunks held a device.")
@@ -102,7 +109,8 @@ class JobView(View):
 
 _JOB_COLUMNS = (
     "id", "kind", "name", "state", "priority", "labels", "spec",
-    "created_at", "started_at", "finished_at", "error",
+    "created_at", "started_at", "finished_at", "deadline_at", "retry_of", "submitted_by", "error",
+    "attempts", "device_seconds", "cache_hits",
 )  # fmt: skip
 
 

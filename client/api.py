@@ -13,13 +13,36 @@ from client import downloads, events, packing, uploads
 from client.downloads import Report
 from client.errors import NoSuchArtifact
 from client.events import Event
-from client.references import artifact_path, job_path
-from client.views import TERMINAL, Artifact, Curve, Job, KindView, Output, Progress
+from client.references import artifact_path, job_path, key_path, node_path, project_path
+from client.views import (
+    STANDING_STILL,
+    TERMINAL,
+    Artifact,
+    Checkpoint,
+    Curve,
+    Estimate,
+    Job,
+    Key,
+    KindView,
+    Me,
+    NewKey,
+    Node,
+    Output,
+    Pool,
+    Progress,
+    Project,
+    Retried,
+    Swept,
+)
 from client.wire import Retry, Wire
 
 DEFAULT_URL = "http://127.0.0.1:8321"
 REFRESH_S = 0.25
 """A burst of events costs one look at the job per so many seconds."""
+STEERED = frozenset(
+    {"job.pausing", "job.paused", "job.unpaused", "job.resumed", "job.changed", "job.cancelling"}
+)
+"""After such an event nothing more may come for long: the job is looked at in any case."""
 WAITING_S = 2.0
 """A job that waits is looked at so often at least."""
 
@@ -129,6 +152,36 @@ class Stillroom:
         job: Job = self._wire.call("POST", job_path(job_id, "cancel"))
         return job
 
+    def pause(self, job_id: str) -> Job:
+        """Pause a job; the answer is ``paused``, or ``pausing`` where a chunk still runs."""
+        job: Job = self._wire.call("POST", job_path(job_id, "pause"))
+        return job
+
+    def resume(self, job_id: str) -> Job:
+        """Let a paused job go on."""
+        job: Job = self._wire.call("POST", job_path(job_id, "resume"))
+        return job
+
+    def retry(self, job_id: str) -> Retried:
+        """Go on with a failed or cancelled job as a new one, and with what failed for want of it.
+
+        Again, or after a lost answer, it is an ApiError ``conflict`` that names the new job.
+        """
+        made: Retried = self._wire.call("POST", job_path(job_id, "retry"))
+        return made
+
+    def change(self, job_id: str, *, priority: int | None = None, name: str | None = None) -> Job:
+        """Change a job's priority or name; None leaves it."""
+        asked = {"priority": priority, "name": name}
+        values = {field: value for field, value in asked.items() if value is not None}
+        job: Job = self._wire.call("PATCH", job_path(job_id), json=values)
+        return job
+
+    def estimate(self, spec: Mapping[str, Any]) -> Estimate:
+        """Return what a job would take and when it would start; nothing is submitted."""
+        found: Estimate = self._wire.call("POST", "/v1/jobs/estimate", json=dict(spec))
+        return found
+
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
         """Yield a job's events until its last; lives through cut connections and restarts."""
         return events.follow(self._wire, job_id, after=after)
@@ -144,8 +197,8 @@ class Stillroom:
         while job["state"] not in TERMINAL:
             for event in self.events(job_id):
                 if event.type == "progress":
-                    job = {**job, "progress": cast(Progress, event.data)}
-                elif time.monotonic() - looked_at >= REFRESH_S:
+                    job = _moved(job, event.data)
+                elif event.type in STEERED or time.monotonic() - looked_at >= REFRESH_S:
                     job, looked_at = self.get(job_id), time.monotonic()
                 tell(job)
             job = self.get(job_id)
@@ -158,7 +211,7 @@ class Stillroom:
         while True:
             job = self.get(job_id)
             tell(job)
-            if job["state"] not in {"waiting", "queued"}:
+            if job["state"] not in STANDING_STILL:
                 return job
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, WAITING_S)
@@ -172,6 +225,25 @@ class Stillroom:
     def artifacts(self, job_id: str) -> Sequence[Output]:
         """Return what a job offers so far."""
         found: Sequence[Output] = self._wire.call("GET", job_path(job_id, "artifacts"))["items"]
+        return found
+
+    def checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
+        """Return what retention has left of what the job's chunks made for later chunks."""
+        found: Sequence[Checkpoint]
+        found = self._wire.call("GET", job_path(job_id, "checkpoints"))["items"]
+        return found
+
+    def pin(self, job_id: str, stage: str, index: int) -> Sequence[Checkpoint]:
+        """Keep the checkpoints of one chunk, whatever retention says."""
+        return self._set_pin("POST", job_id, stage, index)
+
+    def unpin(self, job_id: str, stage: str, index: int) -> Sequence[Checkpoint]:
+        """Leave the checkpoints of one chunk to retention again."""
+        return self._set_pin("DELETE", job_id, stage, index)
+
+    def _set_pin(self, method: str, job_id: str, stage: str, index: int) -> Sequence[Checkpoint]:
+        path = job_path(job_id, "checkpoints", stage, str(index), "pin")
+        found: Sequence[Checkpoint] = self._wire.call(method, path)["items"]
         return found
 
     def artifact(self, sha256: str) -> Artifact:
@@ -213,3 +285,79 @@ class Stillroom:
         """
         with packing.packed(Path(path)) as file:
             return uploads.send(self._wire, self._memory, file, on_progress)
+
+    def pool(self) -> Pool:
+        """Return devices, what runs on them, and the queue of each project."""
+        found: Pool = self._wire.call("GET", "/v1/pool")
+        return found
+
+    def drain(self, node_id: str, *, note: str | None = None) -> Node:
+        """Let a node's chunk end and give it no other. Needs the scope admin, as do the next."""
+        params = {} if note is None else {"note": note}
+        node: Node = self._wire.call("POST", node_path(node_id, "drain"), params=params)
+        return node
+
+    def undrain(self, node_id: str) -> Node:
+        """Use a draining or excluded node again."""
+        node: Node = self._wire.call("POST", node_path(node_id, "resume"))
+        return node
+
+    def sweep(self, *, dry_run: bool = True) -> Swept:
+        """Remove what no job, upload or cache entry names; ``dry_run`` only lists it."""
+        params = {"dry_run": str(dry_run).lower()}
+        swept: Swept = self._wire.call("POST", "/v1/sweep", params=params)
+        return swept
+
+    def me(self) -> Me:
+        """Return whom the key in use stands for: project, scopes, limits and use."""
+        found: Me = self._wire.call("GET", "/v1/me")
+        return found
+
+    def projects(self) -> Sequence[Project]:
+        """Return every project, by name. Needs the scope admin, as all that follows."""
+        found: Sequence[Project] = self._wire.call("GET", "/v1/projects")["items"]
+        return found
+
+    def create_project(self, name: str, **values: float | None) -> Project:
+        """Make a project; ``values``: weight, running_limit, queued_limit, storage_limit_bytes."""
+        made: Project = self._wire.call("POST", "/v1/projects", json={"name": name, **values})
+        return made
+
+    def change_project(self, project_id: str, values: Mapping[str, Any]) -> Project:
+        """Set name, weight or limits of a project; a limit of None is none."""
+        changed: Project
+        changed = self._wire.call("PATCH", project_path(project_id), json=dict(values))
+        return changed
+
+    def keys(self, *, project_id: str | None = None) -> Sequence[Key]:
+        """Return keys, newest first: of one project, or all."""
+        params = {} if project_id is None else {"project": project_id}
+        found: Sequence[Key] = self._wire.call("GET", "/v1/keys", params=params)["items"]
+        return found
+
+    def create_key(
+        self,
+        project_id: str,
+        *,
+        name: str,
+        scopes: Sequence[str] = ("read", "submit"),
+        expires_at: str | None = None,
+    ) -> NewKey:
+        """Make a key; the answer is the only one that holds the key itself.
+
+        A call repeated after a lost answer makes another key; nobody knows the first.
+        """
+        asked = {"project": project_id, "name": name, "scopes": list(scopes)}
+        made: NewKey
+        made = self._wire.call("POST", "/v1/keys", json={**asked, "expires_at": expires_at})
+        return made
+
+    def revoke_key(self, key_id: str) -> None:
+        """End a key for good, within two seconds; again changes nothing."""
+        self._wire.call("DELETE", key_path(key_id))
+
+
+def _moved(job: Job, data: Mapping[str, Any]) -> Job:
+    """Return a job with the progress of an event, which also says why one does not run."""
+    progress = {field: value for field, value in data.items() if field != "waits_for"}
+    return {**job, "progress": cast(Progress, progress), "waits_for": data.get("waits_for")}

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from client.commands import files, jobs, kinds, submit, up
+from client.commands import admin, files, jobs, kinds, pool, steer, submit, up, worker
 from client.errors import ApiError, StillroomError, Unreachable
 from client.session import (
     FAILED,
@@ -62,9 +62,12 @@ def still() -> None:
 
 
 still.params += connection_options(defaults=True)
-still.add_command(up.up)
-still.add_command(submit.submit)
-for command in (*jobs.COMMANDS, *files.COMMANDS, kinds.kinds):
+for command in (up.up, worker.worker, worker.beat, submit.submit, submit.estimate):
+    still.add_command(command)
+for command in (
+    *(*jobs.COMMANDS, *steer.COMMANDS, *files.COMMANDS, *pool.COMMANDS),
+    *(*admin.COMMANDS, kinds.kinds),
+):
     still.add_command(connected(command))
 
 

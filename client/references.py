@@ -6,6 +6,7 @@ from urllib.parse import quote
 from client.errors import BadReference
 
 _JOB_ID = re.compile(r"job_[0-9a-hjkmnp-tv-z]{26}")
+_KEY_ID = re.compile(r"key_[0-9a-hjkmnp-tv-z]{12}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -44,6 +45,30 @@ def artifact_path(sha256: str, *more: str) -> str:
 def upload_path(upload_id: str, *more: str) -> str:
     """Return the URL path of an upload; its id is the server's own and is not looked into."""
     return _path("uploads", upload_id, *more)
+
+
+def node_path(node_id: str, *more: str) -> str:
+    """Return the URL path of a node; its id is the server's own and is not looked into."""
+    return _path("pool", "nodes", node_id, *more)
+
+
+def project_path(project_id: str) -> str:
+    """Return the URL path of a project; its id is the server's own and is not looked into."""
+    return _path("projects", project_id)
+
+
+def key_path(key_id: str) -> str:
+    """Return the URL path of a key.
+
+    Raises:
+        BadReference: that is no key's id; a key itself is never sent in an address.
+    """
+    if _KEY_ID.fullmatch(key_id) is None:
+        raise BadReference(
+            f"{key_id[:10]!r}... is not a key's id: key_ and 12 letters and digits, "
+            "as `still key ls` shows"
+        )
+    return _path("keys", key_id)
 
 
 def _path(*parts: str) -> str:

@@ -7,13 +7,15 @@ from datetime import UTC, datetime
 from rich.text import Text
 
 from client.session import clean
-from client.views import Job, Progress
+from client.views import STANDING_STILL, Estimate, Job, Progress
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 COLOURS = {
     "waiting": "dim",
     "queued": "cyan",
     "running": "blue",
+    "pausing": "yellow",
+    "paused": "yellow",
     "cancelling": "yellow",
     "succeeded": "green",
     "failed": "red",
@@ -95,13 +97,21 @@ def note(job: Job) -> str:
     """Return the one thing to know about a job now: why it waits, how it goes, what broke."""
     if job["error"] is not None:
         return f"{job['error']['code']}: {job['error']['message']}"
-    if job["state"] in {"waiting", "queued"}:
+    if job["state"] in STANDING_STILL:
         place = job["queue_position"]
         number = f"number {place} in the queue" if place is not None else ""
         return job["waits_for"] or number
-    if job["state"] == "running":
+    if job["state"] in {"running", "pausing"}:
         return pace(job["progress"])
     return hits(job)
+
+
+def start(job: Job | Estimate, now: float) -> str:
+    """Return when a job will probably start, as far as that is foretold."""
+    if job["predicted_start_at"] is None:
+        return ""
+    seconds = datetime.fromisoformat(job["predicted_start_at"]).timestamp() - now
+    return f"probably in {duration(seconds)}" if seconds >= 1 else "probably at once"
 
 
 def hits(job: Job) -> str:

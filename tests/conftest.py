@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from sqlalchemy import Engine, create_engine, text
 
 from core.artifacts.store import LocalStore
 from core.db.session import make_engine, upgrade
+from core.jobs.ids import new_id
 from core.jobs.lease import Rules
 from core.jobs.pool import Place
 from core.jobs.runner import Runner
-from core.jobs.ids import new_id
 
 
 class Clock:
@@ -48,26 +49,75 @@ def postgres() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> "Templates":
+    return Templates(tmp_path_factory.mktemp("templates"))
+
+
+class Templates:
+    """Migrated databases to copy: migrating one anew for each test takes most of its time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._sqlite = folder / "template.db"
+        self._servers: dict[str, str] = {}
+
+    def sqlite(self, folder: Path) -> str:
+        """Return the URL of a fresh database in ``folder``."""
+        if not self._sqlite.exists():
+            _migrate(f"sqlite:///{self._sqlite}")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self._sqlite, folder / "test.db")
+        return f"sqlite:///{folder / 'test.db'}"
+
+    @contextmanager
+    def postgres(self, server: str) -> Iterator[str]:
+        """Yield the URL of a fresh database of a server; it is gone afterwards."""
+        admin = create_engine(server, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            if server not in self._servers:
+                template = new_id("template")
+                connection.execute(text(f"CREATE DATABASE {template}"))
+                _migrate(_named(admin, template))
+                self._servers[server] = template
+            name = new_id("test")
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {self._servers[server]}"))
+        yield _named(admin, name)
+        with admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        admin.dispose()
+
+
+def _named(admin: Engine, database: str) -> str:
+    return admin.url.set(database=database).render_as_string(hide_password=False)
+
+
+def _migrate(url: str) -> None:
+    fresh = make_engine(url)
+    upgrade(fresh)
+    fresh.dispose()
+
+
+DATABASES = ("sqlite", "postgresql")
+
+
+@contextmanager
+def fresh_database(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    """Yield the URL of an empty, migrated database of the sort that ``request.param`` names."""
+    templates: Templates = request.getfixturevalue("templates")
+    if request.param == "sqlite":
+        yield templates.sqlite(folder)
+    else:
+        with templates.postgres(request.getfixturevalue("postgres")) as url:
+            yield url
+
+
+@pytest.fixture(params=DATABASES)
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """An empty, migrated database."""
-    if request.param == "sqlite":
-        database = make_engine(f"sqlite:///{tmp_path / 'test.db'}")
-        upgrade(database)
+    with fresh_database(request, tmp_path) as url:
+        database = make_engine(url)
         yield database
         database.dispose()
-        return
-    admin = create_engine(request.getfixturevalue("postgres"), isolation_level="AUTOCOMMIT")
-    name = new_id("test")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    database = make_engine(admin.url.set(database=name).render_as_string(hide_password=False))
-    upgrade(database)
-    yield database
-    database.dispose()
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from api.pages import jobs, login, reference, submit
+from api.pages import jobs, login, pool, reference, submit
 
 router = APIRouter(include_in_schema=False)
-for _page in (jobs, submit, login, reference):
+for _page in (jobs, pool, submit, login, reference):
     router.include_router(_page.router)

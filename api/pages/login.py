@@ -6,12 +6,13 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
-from api.deps import Ctx
-from api.guard import COOKIE, COOKIE_FOR, make_cookie, same
+from api.deps import Caller, Ctx
 from api.pages.render import PageRoute, form_of, page
+from api.principals import COOKIE, COOKIE_FOR, METRICS, Proof
+from core.errors import Unauthorized
 
 router = APIRouter(route_class=PageRoute)
-_OUR_PAGE = re.compile(r"/(?:jobs/\w{1,64}|submit|upload|docs)?", re.ASCII)
+_OUR_PAGE = re.compile(r"/(?:jobs/\w{1,64}|pool|submit|upload|docs)?", re.ASCII)
 
 
 @router.get("/login")
@@ -19,7 +20,7 @@ def ask(request: Request, ctx: Ctx, next: str = "/") -> Response:
     """Show the form, or go on where no key is set."""
     if ctx.settings.api_key is None:
         return RedirectResponse("/", 303)
-    return page(request, "login.html", following=_checked(next), wrong=False)
+    return page(request, "login.html", following=_checked(next), wrong="")
 
 
 @router.post("/login")
@@ -27,17 +28,21 @@ async def check(request: Request, ctx: Ctx) -> Response:
     """Set the cookie where the key is right."""
     fields = await form_of(request)
     following = _checked(fields.get("next", "/"))
-    key = ctx.settings.api_key
-    if key is None:
+    if ctx.settings.api_key is None:
         return RedirectResponse("/", 303)
-    if not same(fields.get("key", ""), key.get_secret_value()):
+    proof = Proof(bearer=fields.get("key", "").strip())
+    try:
+        principal = await run_in_threadpool(ctx.principals.find, proof)
+        if principal.actor == METRICS:
+            raise Unauthorized("that key opens /metrics alone")
+    except Unauthorized as error:
         return await run_in_threadpool(
-            page, request, "login.html", status=401, following=following, wrong=True
+            page, request, "login.html", status=401, following=following, wrong=error.message
         )
     response = RedirectResponse(following, 303)
     response.set_cookie(
         COOKIE,
-        make_cookie(key.get_secret_value(), now=ctx.clock()),
+        ctx.principals.cookie_for(principal),
         max_age=int(COOKIE_FOR.total_seconds()),
         httponly=True,
         samesite="strict",
@@ -47,7 +52,7 @@ async def check(request: Request, ctx: Ctx) -> Response:
 
 
 @router.post("/logout")
-def leave() -> Response:
+def leave(_by: Caller) -> Response:
     """Drop the cookie."""
     response = RedirectResponse("/login", 303)
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")

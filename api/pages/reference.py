@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from api.deps import Caller
 from api.pages.render import PageRoute, page
 from api.pages.submit import type_of
 from api.problems import CODES, RETRYABLE
@@ -17,13 +18,13 @@ router = APIRouter(route_class=PageRoute)
 
 
 @router.get("/openapi.json")
-def document(request: Request) -> JSONResponse:
+def document(request: Request, _by: Caller) -> JSONResponse:
     """Return the OpenAPI document."""
     return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs")
-def reference(request: Request) -> Response:
+def reference(request: Request, _by: Caller) -> Response:
     """Show every call, every shape and every error code."""
     document = request.app.openapi()
     return page(
@@ -52,6 +53,9 @@ def _calls(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 ],
                 "body": {media: type_of(said.get("schema", {})) for media, said in body.items()},
                 "answer": answer,
+                "scopes": [
+                    scope for one in call.get("security", ()) for scope in one["HTTPBearer"]
+                ],
             }
 
 

@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from api.guard import PAGE_HEADERS
 from api.problems import CODES, blame_all, summary_of
 from core.errors import StillroomError
+from core.jobs.keys import Scope
 
 FOLDER = Path(__file__).parent
 
@@ -75,7 +76,15 @@ _ENV.filters.update(
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
     """Render a template into a response with the headers every page has."""
     locked = request.app.state.context.settings.api_key is not None
-    text = _ENV.get_template(template).render(path=request.url.path, locked=locked, **values)
+    principal = request.scope["state"].get("principal")  # none before the login
+    scopes = principal.scopes if principal is not None else frozenset()
+    text = _ENV.get_template(template).render(
+        path=request.url.path,
+        locked=locked,
+        may_submit=Scope.SUBMIT in scopes,
+        may_admin=Scope.ADMIN in scopes,
+        **values,
+    )
     # A lone surrogate cannot come in through strict bodies; should one be stored, show it escaped.
     content = text.encode(errors="backslashreplace")
     return HTMLResponse(content, status, dict(PAGE_HEADERS))

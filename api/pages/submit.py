@@ -11,13 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from api.bodies import parse_json
-from api.deps import Context, Ctx
+from api.deps import Context, Ctx, Submitter
 from api.pages.render import PageRoute, form_of, page
 from api.problems import Blame, blame_all, shown
-from api.routes.jobs import parse_pairs
+from api.routes.jobs import parse_pairs, take
 from api.views import AnySpec
-from core.errors import SpecInvalid
-from core.jobs import service
+from core.errors import QuotaExceeded, SpecInvalid
+from core.jobs.keys import Principal
 from core.kinds._base import Kind, kinds
 from core.specs.base import JobSpec, inputs_of
 
@@ -26,7 +26,7 @@ _SPEC: TypeAdapter[JobSpec] = TypeAdapter(AnySpec)
 
 
 @router.get("/upload")
-def upload(request: Request) -> Response:
+def upload(request: Request, _by: Submitter) -> Response:
     """Show the form that sends a file in parts."""
     uses = {
         format_: uses_of(format_)
@@ -40,6 +40,7 @@ def upload(request: Request) -> Response:
 @router.get("/submit")
 def form(
     request: Request,
+    _by: Submitter,
     kind: str = "",
     given: Annotated[list[str] | None, Query(alias="input", description="field:sha256")] = None,
 ) -> Response:
@@ -63,25 +64,24 @@ def check_kind(kind: str) -> None:
 
 
 @router.post("/submit")
-async def submit(request: Request, ctx: Ctx) -> Response:
+async def submit(request: Request, ctx: Ctx, by: Submitter) -> Response:
     """Take the spec and show the job, or the form again with what is wrong."""
     fields = await form_of(request)
-    return await run_in_threadpool(_submit, request, ctx, fields.get("spec", ""))
+    return await run_in_threadpool(_submit, request, ctx, by, fields.get("spec", ""))
 
 
-def _submit(request: Request, ctx: Context, text: str) -> Response:
+def _submit(request: Request, ctx: Context, by: Principal, text: str) -> Response:
     body: Any = None
     try:
         body = parse_json(text)
         spec = _SPEC.validate_python(body)
-        with ctx.transaction() as session:
-            job = service.submit(session, spec, now=ctx.clock())
+        job, _ = take(ctx, by, spec)
     except HTTPException as error:
         blames = [Blame("", error.detail)]
     except ValidationError as error:
         found = error.errors(include_url=False)
         blames = blame_all([{**e, "loc": ("body", *e["loc"])} for e in found], body)
-    except SpecInvalid as error:
+    except (SpecInvalid, QuotaExceeded) as error:
         blames = [Blame(error.pointer or "", error.message)]
     else:
         return RedirectResponse(f"/jobs/{job.id}", 303)

@@ -5,12 +5,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
-from api.deps import PROBLEMS, Context, Ctx
+from api.deps import PROBLEMS, Context, Ctx, Reader
 from api.downloads import serve
 from api.routes.jobs import JobIdPath
 from api.views import ArtifactView
 from core.errors import NotFound
 from core.jobs import lineage, service
+from core.jobs.keys import Principal
 
 router = APIRouter(prefix="/v1", tags=["artifacts"], responses=PROBLEMS)
 Sha256Path = Annotated[str, Path(description="SHA-256 of the bytes.", max_length=64)]
@@ -23,18 +24,19 @@ BYTES: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/artifacts/{sha256}", summary="Show an artifact and its lineage")
-def get(sha256: Sha256Path, ctx: Ctx) -> ArtifactView:
+def get(sha256: Sha256Path, ctx: Ctx, by: Reader) -> ArtifactView:
     """Return what it is, which jobs made it from what, and which uploads became it."""
-    return view_artifact(ctx, sha256)
+    return view_artifact(ctx, by, sha256)
 
 
-def view_artifact(ctx: Context, sha256: str) -> ArtifactView:
-    """Return an artifact with its lineage, or raise NotFound."""
+def view_artifact(ctx: Context, by: Principal, sha256: str) -> ArtifactView:
+    """Return an artifact with its lineage in the project, or raise NotFound."""
+    project = by.project_id
     with ctx.reading() as session:
         return ArtifactView.of(
-            lineage.artifact(session, sha256),
-            produced_by=lineage.produced_by(session, sha256),
-            uploaded_as=lineage.uploaded_as(session, sha256),
+            lineage.artifact(session, sha256, project=project),
+            produced_by=lineage.produced_by(session, sha256, project=project),
+            uploaded_as=lineage.uploaded_as(session, sha256, project=project),
         )
 
 
@@ -45,10 +47,10 @@ def view_artifact(ctx: Context, sha256: str) -> ArtifactView:
     response_class=Response,
     responses={**PROBLEMS, **BYTES},
 )
-def content(sha256: Sha256Path, request: Request, ctx: Ctx) -> Response:
+def content(sha256: Sha256Path, request: Request, ctx: Ctx, by: Reader) -> Response:
     """Send the bytes. ETag is the SHA-256; Range and If-Range resume a broken download."""
     with ctx.reading() as session:
-        found = lineage.artifact(session, sha256)
+        found = lineage.artifact(session, sha256, project=by.project_id)
     return serve(
         request,
         ctx.store.path(sha256),
@@ -66,11 +68,15 @@ def content(sha256: Sha256Path, request: Request, ctx: Ctx) -> Response:
     responses={**PROBLEMS, **BYTES},
 )
 def job_content(
-    job_id: JobIdPath, name: Annotated[str, Path(max_length=128)], request: Request, ctx: Ctx
+    job_id: JobIdPath,
+    name: Annotated[str, Path(max_length=128)],
+    request: Request,
+    ctx: Ctx,
+    by: Reader,
 ) -> Response:
     """Send the bytes under the job's own file name."""
     with ctx.reading() as session:
-        service.get(session, job_id)
+        service.get(session, job_id, project=by.project_id)
         made = {
             output.name: (output, artifact)
             for output, artifact in lineage.outputs_of(session, job_id, role="artifact")

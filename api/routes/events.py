@@ -11,16 +11,22 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from api.deps import PROBLEMS, Context, Ctx
+from api.deps import PROBLEMS, Context, Ctx, Reader
 from api.routes.jobs import JobIdPath
 from api.views import EventPage, EventView, ProgressView
-from core.jobs import service, status
+from core.errors import Unauthorized
+from core.jobs import service
 from core.jobs.events import TERMINAL_EVENTS, list_events
+from core.jobs.keys import Principal
+from core.jobs.states import JobState
+from core.jobs.status import JobStatus
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=PROBLEMS)
 POLL_S = 0.4
 HEARTBEAT_S = 15.0
 BATCH = 500
+STANDING_STILL = frozenset({JobState.WAITING, JobState.QUEUED, JobState.PAUSED})
+"""Of a job in such a state it is told why it does not run."""
 STREAM_DOC: dict[int | str, dict[str, Any]] = {
     200: {
         "model": EventPage,
@@ -28,7 +34,9 @@ STREAM_DOC: dict[int | str, dict[str, Any]] = {
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
-                "example": 'id: 7\nevent: chunk.done\ndata: {"stage":"train","index":3}\n\n',
+                "example": 'event: progress\ndata: {"done":3.2,"total":9,"fraction":0.3556,'
+                '"stage":"train","rate":0.4,"eta_s":14.5}\n\n'
+                'id: 7\nevent: chunk.done\ndata: {"stage":"train","index":3}\n\n',
             }
         },
     }
@@ -40,6 +48,7 @@ async def events(
     job_id: JobIdPath,
     request: Request,
     ctx: Ctx,
+    by: Reader,
     after: Annotated[int, Query(ge=0, le=2**62, description="Only later events.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
     last_event_id: Annotated[
@@ -50,14 +59,16 @@ async def events(
 
     The stream replays what came after `after` (or Last-Event-ID), goes on live, and ends after
     job.succeeded, job.failed or job.cancelled. An event `progress` without id carries the job's
-    progress whenever it changes. A comment every 15 s keeps the connection.
+    progress whenever it changes; of a job that does not run it says `waits_for`: why. A paused job
+    keeps its stream: job.pausing, job.paused and job.unpaused are events like the others. A comment
+    every 15 s keeps the connection.
     """
     if "text/event-stream" not in request.headers.get("accept", ""):
-        return await run_in_threadpool(_page, ctx, job_id, after=after, limit=limit)
+        return await run_in_threadpool(_page, ctx, by, job_id, after=after, limit=limit)
     start = max(after, _resume_at(last_event_id))
-    first = await run_in_threadpool(look_at, ctx, job_id, after=start)
+    first = await run_in_threadpool(look_at, ctx, by, job_id, after=start)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    stream = follow(ctx, job_id, first, start)
+    stream = follow(ctx, by, job_id, first, start)
     return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
 
 
@@ -67,9 +78,9 @@ def _resume_at(last_event_id: str | None) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
 
 
-def _page(ctx: Context, job_id: str, *, after: int, limit: int) -> Response:
+def _page(ctx: Context, by: Principal, job_id: str, *, after: int, limit: int) -> Response:
     with ctx.reading() as session:
-        service.get(session, job_id)
+        service.get(session, job_id, project=by.project_id)
         found = list_events(session, job_id, after=after, limit=limit + 1)
     items = [EventView.of(event) for event in found[:limit]]
     more = items[-1].id if len(found) > limit else None
@@ -86,28 +97,46 @@ class Look:
     """The job is final and these are its last events."""
 
 
-def look_at(ctx: Context, job_id: str, *, after: int) -> Look:
-    """Read what is new of a job, on one snapshot."""
+def look_at(ctx: Context, by: Principal, job_id: str, *, after: int) -> Look:
+    """Read what is new of a job, on one snapshot.
+
+    Raises:
+        Unauthorized: the key of who asks was revoked meanwhile.
+    """
+    ctx.principals.again(by)
     with ctx.reading() as session:
-        job = service.get(session, job_id)
+        job = service.get(session, job_id, project=by.project_id)
         found = list_events(session, job_id, after=after, limit=BATCH)
-        progress = status.describe(session, [job], now=ctx.clock())[0].progress
+        told = ctx.status_of(session, job)
     ended = job.finished_at is not None or any(event.type in TERMINAL_EVENTS for event in found)
     return Look(
         events=[EventView.of(event) for event in found],
-        progress=ProgressView.model_validate(progress).model_dump_json(),
+        progress=_progress(told, JobState(job.state)),
         over=ended and len(found) < BATCH,
     )
 
 
+def _progress(told: JobStatus, state: JobState) -> str:
+    facts = ProgressView.model_validate(told.progress).model_dump(mode="json")
+    if state in STANDING_STILL and told.waits_for:
+        facts["waits_for"] = told.waits_for
+    return json.dumps(facts)
+
+
 async def follow(
-    ctx: Context, job_id: str, look: Look, after: int, *, heartbeat_s: float = HEARTBEAT_S
+    ctx: Context,
+    by: Principal,
+    job_id: str,
+    look: Look,
+    after: int,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[str]:
-    """Yield messages until the job is over, the reader is gone or the server ends."""
+    """Yield messages until the job is over, the reader or its key is gone, or the server ends."""
     told, spoke = "", time.monotonic()
     while True:
         messages = [_message(event) for event in look.events]
-        if _steady(look.progress) != _steady(told):
+        if _news(look.progress, told):
             told = look.progress
             # Before the terminal event, which ends the stream for its reader.
             messages.insert(max(len(messages) - 1, 0), f"event: progress\ndata: {told}\n\n")
@@ -123,13 +152,18 @@ async def follow(
             spoke = time.monotonic()
         if len(look.events) < BATCH:
             await asyncio.sleep(POLL_S)
-        look = await run_in_threadpool(look_at, ctx, job_id, after=after)
+        try:
+            look = await run_in_threadpool(look_at, ctx, by, job_id, after=after)
+        except Unauthorized:
+            return  # who comes back is told so
 
 
-def _steady(progress: str) -> tuple[Any, ...]:
-    """The part that moves with the work, not with the clock."""
-    seen = json.loads(progress or "{}")
-    return tuple(seen.get(name) for name in ("done", "total", "stage"))
+def _news(progress: str, told: str) -> bool:
+    """Whether there is more to tell than that time went by."""
+    now, before = json.loads(progress), json.loads(told or "{}")
+    moved = any(now[name] != before.get(name, "") for name in ("done", "total", "stage"))
+    why = now.get("waits_for")
+    return moved or (why is not None and why != before.get("waits_for"))
 
 
 def _message(event: EventView) -> str:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from api.bodies import StrictRoute
-from api.deps import PROBLEMS, Context, Ctx, body_steps
+from api.deps import PROBLEMS, Context, Ctx, Reader, Submitter, body_steps
 from api.routes.artifacts import view_artifact
 from api.views import ArtifactView, UploadAsked, UploadPage, UploadView
 from core.db.models import Upload
@@ -29,9 +29,9 @@ RAW_BODY = {
 
 
 @router.post("", status_code=201, summary="Announce a file")
-def create(asked: UploadAsked, ctx: Ctx, response: Response) -> UploadView:
+def create(asked: UploadAsked, ctx: Ctx, by: Submitter, response: Response) -> UploadView:
     """Open an upload; send the bytes with PATCH, then complete it."""
-    upload = ctx.uploads.create(**asked.model_dump())
+    upload = ctx.uploads.create(project=by.project_id, by=by.actor, **asked.model_dump())
     response.headers["Location"] = f"/v1/uploads/{upload.id}"
     return show(ctx, upload)
 
@@ -39,11 +39,12 @@ def create(asked: UploadAsked, ctx: Ctx, response: Response) -> UploadView:
 @router.get("", summary="List uploads, newest first")
 def list_uploads(
     ctx: Ctx,
+    by: Reader,
     state: Annotated[UploadState | None, Query(description="Only uploads in this state.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> UploadPage:
     """Return the latest uploads; those with state=open can be gone on with, or discarded."""
-    found = ctx.uploads.list(state=state, limit=limit)
+    found = ctx.uploads.list(project=by.project_id, state=state, limit=limit)
     return UploadPage(items=[show(ctx, upload) for upload in found])
 
 
@@ -57,13 +58,15 @@ def show(ctx: Context, upload: Upload) -> UploadView:
 
 
 @router.get("/{upload_id}", summary="Show an upload")
-def get(upload_id: UploadId, ctx: Ctx) -> UploadView:
+def get(upload_id: UploadId, ctx: Ctx, by: Reader) -> UploadView:
     """Return how much has come; after a broken part go on from received_bytes."""
-    return show(ctx, ctx.uploads.get(upload_id))
+    return show(ctx, ctx.uploads.get(upload_id, project=by.project_id))
 
 
 @router.patch("/{upload_id}", summary="Send a part", openapi_extra=RAW_BODY)
-async def append(upload_id: UploadId, offset: Offset, request: Request, ctx: Ctx) -> UploadView:
+async def append(
+    upload_id: UploadId, offset: Offset, request: Request, ctx: Ctx, by: Submitter
+) -> UploadView:
     """Append raw bytes at Upload-Offset; a wrong offset is a 409 that names the right one.
 
     A body that stops coming is a 408, and too many parts at once are a 503; both keep what came:
@@ -71,20 +74,24 @@ async def append(upload_id: UploadId, offset: Offset, request: Request, ctx: Ctx
     """
 
     def work() -> UploadView:
-        upload = ctx.uploads.append(upload_id, offset=offset, stream=body_steps(request))
+        upload = ctx.uploads.append(
+            upload_id, offset=offset, stream=body_steps(request), project=by.project_id
+        )
         return show(ctx, upload)
 
     return await ctx.parts.run(work)
 
 
 @router.delete("/{upload_id}", status_code=204, summary="Discard an upload")
-def discard(upload_id: UploadId, ctx: Ctx) -> None:
+def discard(upload_id: UploadId, ctx: Ctx, by: Submitter) -> None:
     """Forget an unfinished upload and remove its bytes."""
-    ctx.uploads.discard(upload_id)
+    ctx.uploads.discard(upload_id, project=by.project_id, by=by.actor)
 
 
 @router.post("/{upload_id}/complete", status_code=201, summary="Check and import a file")
-async def complete(upload_id: UploadId, ctx: Ctx, response: Response) -> ArtifactView:
+async def complete(
+    upload_id: UploadId, ctx: Ctx, by: Submitter, response: Response
+) -> ArtifactView:
     """Check size and SHA-256, import in a sandbox, and return the artifact it became.
 
     The artifact's SHA-256 is that of the checked, canonical file. Completing again returns the
@@ -93,9 +100,10 @@ async def complete(upload_id: UploadId, ctx: Ctx, response: Response) -> Artifac
     """
 
     def work() -> ArtifactView:
-        return view_artifact(ctx, ctx.uploads.complete(upload_id).sha256)
+        artifact = ctx.uploads.complete(upload_id, project=by.project_id, by=by.actor)
+        return view_artifact(ctx, by, artifact.sha256)
 
-    upload = await run_in_threadpool(ctx.uploads.get, upload_id)
+    upload = await run_in_threadpool(ctx.uploads.get, upload_id, project=by.project_id)
     # Only an open upload can be imported; of any other it is said at once how it stands.
     run = ctx.imports.run if upload.state == "open" else run_in_threadpool
     view = await run(work)

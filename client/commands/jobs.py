@@ -1,4 +1,4 @@
-"""``still ls``, ``show``, ``watch`` and ``cancel``: the life of jobs."""
+"""``still ls``, ``show`` and ``watch``: how jobs stand."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from client.session import (
     screen,
     session,
 )
-from client.views import Curve, Job, Output, State
+from client.views import Checkpoint, Curve, Job, Output, State
 
 HEADINGS = ("job", "state", "kind", "name", "progress", "age", "note")
 
@@ -87,17 +87,19 @@ def show(job_id: str) -> None:
     here, console = session(), screen()
     with here.client() as client:
         job, outputs = client.get(job_id), client.artifacts(job_id)
-        curves = client.metrics(job_id)
+        curves, kept = client.metrics(job_id), client.checkpoints(job_id)
     if here.as_json:
-        say_json({**job, "outputs": list(outputs), "metrics": curves})
+        facts = {"outputs": list(outputs), "checkpoints": list(kept), "metrics": curves}
+        say_json({**job, **facts})
         return
-    for key, value in _facts(job):
+    for key, value in _facts(job, time.time()):
         say(f"{key:<10} {value}")
     _say_outputs(outputs)
+    _say_checkpoints(kept)
     _say_curves(curves, console)
 
 
-def _facts(job: Job) -> list[tuple[str, str]]:
+def _facts(job: Job, now: float) -> list[tuple[str, str]]:
     progress = f"{render.bar(job['progress']['fraction'])} {render.percent(job)}"
     inputs = [
         f"{field} = {i['sha256'] or ''} {('from ' + i['job_id']) if i['job_id'] else ''}".strip()
@@ -110,13 +112,17 @@ def _facts(job: Job) -> list[tuple[str, str]]:
         ("name", job["name"] or ""),
         ("state", job["state"]),
         ("progress", f"{progress}  {render.pace(job['progress'])}"),
-        ("waits for", job["waits_for"] or ""),
+        ("not yet", job["waits_for"] or ""),
+        ("starts", render.start(job, now)),
         ("error", render.note(job) if job["error"] else ""),
+        ("retry of", job["retry_of"] or ""),
         ("priority", str(job["priority"])),
         ("labels", ", ".join(f"{k}={v}" for k, v in job["labels"].items())),
+        ("by", job["submitted_by"] or ""),
         ("created", job["created_at"]),
         ("started", job["started_at"] or ""),
         ("finished", job["finished_at"] or ""),
+        ("deadline", job["deadline_at"] or ""),
         ("computed", f"{job['device_seconds']:.1f} s on devices, {job['attempts']} attempts"),
         ("cache", render.hits(job)),
         *(("input", text) for text in inputs),
@@ -130,6 +136,16 @@ def _say_outputs(outputs: Sequence[Output]) -> None:
     for output in outputs:
         about = f"{output['format']}, {render.size(output['size_bytes'])}"
         say(f"  {output['name']:<14} {output['file_name']:<22} {about:<30} {output['sha256']}")
+
+
+def _say_checkpoints(kept: Sequence[Checkpoint]) -> None:
+    if kept:
+        say("\ncheckpoints")
+    for one in kept:
+        about = [f"{one['stage']} {one['index']}", one["name"], render.size(one["size_bytes"])]
+        if one["score"] is not None:
+            about.append(f"score {render.number(one['score'])}")
+        say(f"  {'  '.join(about)}{'  pinned' if one['pinned'] else ''}")
 
 
 def _say_curves(curves: Mapping[str, Curve], console: Console) -> None:
@@ -199,17 +215,4 @@ def _say_end(job: Job) -> None:
         say(f"artifacts: {', '.join(job['artifacts'])} (`still get {job['id']}`)")
 
 
-@click.command()
-@click.argument("job_id", type=JOB_ID, metavar="JOB")
-def cancel(job_id: str) -> None:
-    """Cancel a job."""
-    here = session()
-    with here.client() as client:
-        job = client.cancel(job_id)
-    if here.as_json:
-        say_json(job)
-    else:
-        say(f"{job['id']} {job['state']}")
-
-
-COMMANDS = (ls, show, watch, cancel)
+COMMANDS = (ls, show, watch)

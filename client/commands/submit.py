@@ -1,16 +1,18 @@
-"""``still submit KIND``: its options are made from the schema the server gives for the kind."""
+"""``still submit KIND``, ``still estimate KIND``: options made from the schema the server gives."""
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import click
 
-from client import fields, strict
+from client import fields, render, strict
 from client.commands.jobs import follow
 from client.errors import StillroomError
 from client.inputs import TEXT
 from client.session import (
+    FAILED,
     OK,
     Session,
     clean,
@@ -22,7 +24,7 @@ from client.session import (
     screen,
     session,
 )
-from client.views import KindView
+from client.views import Estimate, KindView, StageEstimate
 
 SHARED_HELP = "Objects and lists: --set training.epochs=5, --set 'list=[1, 2]'. May be repeated."
 
@@ -41,12 +43,29 @@ def shared_options() -> list[click.Option]:
             type=click.File("r", encoding="utf-8"),
             help="Start from this JSON spec; - reads standard input.",
         ),
-        click.Option(["--watch", "watch"], is_flag=True, help="Follow the job until it ends."),
     ]
 
 
-class Submit(click.Group):
-    """Its subcommands are the server's kinds."""
+Finish = Callable[..., None]
+"""What is done with a whole spec: called with the session, the spec and the command's own flags."""
+
+
+class ByKind(click.Group):
+    """A command whose subcommands are the server's kinds; ``finish`` gets the spec."""
+
+    def __init__(
+        self, name: str, *, finish: Finish, flags: Sequence[click.Option] = (), help_text: str
+    ) -> None:
+        self._finish = finish
+        self._flags = flags
+        super().__init__(
+            name,
+            callback=self._from_file,
+            params=[*shared_options(), *flags, *connection_options()],
+            help=help_text,
+            invoke_without_command=True,
+            subcommand_metavar="[KIND] [OPTIONS]...",
+        )
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Ask the server."""
@@ -56,7 +75,7 @@ class Submit(click.Group):
         """Make the command of one kind."""
         for kind in _kinds(ctx):
             if kind["kind"] == cmd_name:
-                return kind_command(kind)
+                return kind_command(kind, finish=self._finish, flags=self._flags)
         return None
 
     def resolve_command(
@@ -81,6 +100,30 @@ class Submit(click.Group):
         with formatter.section("Kinds"):
             formatter.write_dl(rows)
 
+    def _from_file(
+        self,
+        changes: tuple[str, ...],
+        label: tuple[str, ...],
+        from_file: TextIO | None,
+        **flags: bool,
+    ) -> None:
+        """Take a spec that names its kind itself, where no subcommand does."""
+        context = click.get_current_context()
+        if context.invoked_subcommand is not None:
+            if changes or label or from_file is not None or any(flags.values()):
+                raise click.UsageError(
+                    f"options stand after the kind: {context.invoked_subcommand}"
+                )
+            return
+        if from_file is None:
+            raise click.UsageError("name a KIND or give --file; `still kinds` lists the kinds")
+        spec = _read(from_file)
+        kind = next((k for k in _kinds(context) if k["kind"] == spec.get("kind")), None)
+        if kind is None:
+            known = ", ".join(k["kind"] for k in _kinds(context))
+            raise click.UsageError(f"kind {spec.get('kind')!r} in the file; there are: {known}")
+        self._finish(session(), whole(spec, kind["schema"], changes, label), **flags)
+
 
 def _kinds(context: click.Context) -> Sequence[KindView]:
     """Return the server's kinds, asked for once per command."""
@@ -93,51 +136,23 @@ def _kinds(context: click.Context) -> Sequence[KindView]:
     return found
 
 
-@click.group(cls=Submit, invoke_without_command=True, subcommand_metavar="[KIND] [OPTIONS]...")
-@click.pass_context
-def submit(
-    context: click.Context,
-    changes: tuple[str, ...],
-    label: tuple[str, ...],
-    from_file: TextIO | None,
-    *,
-    watch: bool,
-) -> None:
-    """Submit a job. `still submit KIND --help` shows a kind's fields."""
-    if context.invoked_subcommand is not None:
-        if changes or label or from_file is not None or watch:
-            raise click.UsageError(f"options stand after the kind: {context.invoked_subcommand}")
-        return
-    if from_file is None:
-        raise click.UsageError("name a KIND or give --file; `still kinds` lists the kinds")
-    spec = _read(from_file)
-    kind = next((k for k in _kinds(context) if k["kind"] == spec.get("kind")), None)
-    if kind is None:
-        known = ", ".join(k["kind"] for k in _kinds(context))
-        raise click.UsageError(f"kind {spec.get('kind')!r} in the file; there are: {known}")
-    _submit(spec, kind["schema"], changes, label, watch=watch)
-
-
-submit.params += [*shared_options(), *connection_options()]
-
-
-def kind_command(kind: KindView) -> click.Command:
+def kind_command(kind: KindView, *, finish: Finish, flags: Sequence[click.Option]) -> click.Command:
     """Return the command for one kind: an option per scalar field."""
     schema = kind["schema"]
     options = [fields.option(field) for field in fields.fields_of(schema, schema)]
 
     def run(**given: Any) -> None:
         source, changes, label = given.pop("from_file"), given.pop("changes"), given.pop("label")
-        watch = given.pop("watch")
+        chosen = {str(flag.name): given.pop(str(flag.name)) for flag in flags}
         spec = _read(source) if source is not None else {}
         if spec.setdefault("kind", kind["kind"]) != kind["kind"]:
             raise click.UsageError(f"the file is a spec of kind {spec['kind']!r}")
         spec |= {name: value for name, value in given.items() if value is not None}
-        _submit(spec, schema, changes, label, watch=watch)
+        finish(session(), whole(spec, schema, changes, label), **chosen)
 
     command = click.Command(
         kind["kind"],
-        params=[*(made for made in options if made is not None), *shared_options()],
+        params=[*(made for made in options if made is not None), *shared_options(), *flags],
         callback=run,
         help=_help(kind),
         epilog=_epilog(kind),
@@ -175,15 +190,13 @@ def _read(source: TextIO) -> dict[str, Any]:
     return spec
 
 
-def _submit(
+def whole(
     spec: dict[str, Any],
     schema: Mapping[str, Any],
     changes: tuple[str, ...],
     label: tuple[str, ...],
-    *,
-    watch: bool,
-) -> None:
-    """Complete the spec, send it, and say what became of it."""
+) -> dict[str, Any]:
+    """Return the spec with what the options change; end the command where something lacks."""
     for change in changes:
         fields.apply(spec, *fields.read_change(change, schema))
     if label:
@@ -198,10 +211,11 @@ def _submit(
     if lacking:
         named = ", ".join("--" + name.replace("_", "-") for name in lacking)
         raise click.UsageError(f"missing: {named}")
-    _send(session(), spec, watch=watch)
+    return spec
 
 
 def _send(here: Session, spec: dict[str, Any], *, watch: bool) -> None:
+    """Submit, and say what became of it."""
     with here.client() as client:
         job = client.submit(spec)
         if watch:
@@ -215,3 +229,56 @@ def _send(here: Session, spec: dict[str, Any], *, watch: bool) -> None:
     else:
         say(job["id"])
     click.get_current_context().exit(OK)
+
+
+def _ask(here: Session, spec: dict[str, Any]) -> None:
+    """Print what the job would take; exit 1 where no live worker could run it."""
+    with here.client() as client:
+        found = client.estimate(spec)
+    if here.as_json:
+        say_json(found)
+    else:
+        for key, value in _estimated(found):
+            say(f"{key:<12} {value}")
+    click.get_current_context().exit(OK if found["can_run"] else FAILED)
+
+
+def _estimated(found: Estimate) -> list[tuple[str, str]]:
+    seconds, hits = found["device_seconds"], found["cache_hits"]
+    facts = [
+        ("can run", "yes" if found["can_run"] else f"no: {found['why_not']}"),
+        ("starts", render.start(found, time.time())),
+        ("waits", found["waits_for"] or ""),
+        *(("stage", _stage(stage)) for stage in found["stages"] or ()),
+        ("chunks", str(found["chunks"] or "")),
+        ("device time", f"{render.duration(seconds)}: " if seconds is not None else "unknown: "),
+        ("from cache", f"{hits} files: " if hits is not None else "unknown: "),
+    ]
+    why = {"device time": found["device_seconds_from"], "from cache": found["cache_hits_from"]}
+    return [(key, value + why.get(key, "")) for key, value in facts if value]
+
+
+def _stage(stage: StageEstimate) -> str:
+    each = stage["seconds_per_chunk"]
+    parts = [
+        f"{stage['name']}: {stage['chunks']} chunks",
+        "one after another" if stage["chained"] else "side by side",
+        f"on {stage['device'] or 'any device'}",
+        f"{render.size(stage['memory_bytes'])} each" if stage["memory_bytes"] else "",
+        f"{each:.2g} s each" if each is not None else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+submit = ByKind(
+    "submit",
+    finish=_send,
+    flags=[click.Option(["--watch", "watch"], is_flag=True, help="Follow the job until it ends.")],
+    help_text="Submit a job. `still submit KIND --help` shows a kind's fields.",
+)
+estimate = ByKind(
+    "estimate",
+    finish=_ask,
+    help_text="Tell what a job would take and when it would start; nothing is submitted. "
+    "Takes what `still submit` takes.",
+)

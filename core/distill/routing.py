@@ -52,7 +52,7 @@ def _digests(rows: Array) -> Iterator[bytes]:
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
-def route(  # noqa: PLR0913 - a model and a question to it, by keyword
+def route(
     queries: Tensor,
     keys: Tensor,
     cluster_of: Tensor,

@@ -41,7 +41,8 @@ def adopt(
     for file in stored:
         _adopt_one(session, chunk, file, now=now)
     job.cache_hits += sum(file.cached for file in stored)
-    if chunk.chained and job.spec.get("keep_checkpoints") != "all":
+    left = any(file.role == "checkpoint" for file in stored)
+    if chunk.chained and left and job.spec.get("keep_checkpoints") != "all":
         retention.drop_earlier(session, chunk)
 
 
@@ -69,8 +70,20 @@ def _adopt_one(session: Session, chunk: Chunk, file: Stored, *, now: datetime) -
     }
     insert_new(session, Output, output)
     if file.cache_key is not None:
-        values = {"key": file.cache_key, "sha256": file.sha256, "created_at": now}
-        insert_new(session, CacheEntry, values)
+        _share(session, file.cache_key, file.sha256, now=now)
+
+
+def _share(session: Session, key: str, sha256: str, *, now: datetime) -> None:
+    """Let any job find these bytes under the key; the first that came stay in force.
+
+    Others (of another device, say) are kept under a key of their own: a list may name them, and
+    what has a key outlives its job.
+    """
+    if insert_new(session, CacheEntry, {"key": key, "sha256": sha256, "created_at": now}):
+        return
+    if session.get_one(CacheEntry, key).sha256 != sha256:
+        own = {"key": f"{key}:{sha256}", "sha256": sha256, "created_at": now}
+        insert_new(session, CacheEntry, own)
 
 
 def advance(session: Session, job: Job, chunk: Chunk, *, stage_done: bool, now: datetime) -> bool:

@@ -4,14 +4,16 @@ Every function works inside the caller's transaction; ``project`` names whose jo
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
+from graphlib import TopologicalSorter
 from typing import Any
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, MetricPoint, Output
-from core.errors import Conflict, NotFound, UpstreamFailed
+from core.errors import Conflict, NotFound, SpecInvalid, UpstreamFailed
 from core.jobs import adoption, events, planning, projects, service
 from core.jobs.states import (
     OPEN_CHUNKS,
@@ -157,29 +159,63 @@ def retry(
     Raises:
         Conflict: the job has not ended badly, or a retry of it is open or has succeeded.
     """
-    job = service.get(session, job_id, project=project, lock=True)
+    job = service.get(session, job_id, project=project)
+    below = _failed_with(session, job)
+    ids = {job.id, *(old.id for old in below)}
+    # Every lock on jobs at once and in order, for check_queue may lock the project after them.
+    planning.lock(session, ids | _read_by(session, ids))
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise Conflict(f"job {job_id} is {job.state}; allowed: failed, cancelled")
-    again = session.scalar(
-        select(Job).where(
-            Job.retry_of == job_id, Job.state.not_in((JobState.FAILED, JobState.CANCELLED))
-        )
-    )
-    if again is not None:
-        raise Conflict(f"job {job_id} goes on as job {again.id}, which is {again.state}")
+    later = _goes_on_as(session, job_id)
+    if later is not None:
+        raise Conflict(f"job {job_id} goes on as job {later.id}, which is {later.state}")
     made: dict[str, Job] = {}
-    for old in [job, *_failed_with(session, job)]:
+
+    def go_on(old: Job) -> None:
         projects.check_queue(session, old.project_id)
         made[old.id] = _again(session, old, made, by=by, now=now, trace=trace)
+
+    go_on(job)
+    for old in below:
+        # Another of its inputs will not come either: it is retried with the job that makes that.
+        with suppress(SpecInvalid), session.begin_nested():
+            go_on(old)
     return list(made.values())
+
+
+def _goes_on_as(session: Session, job_id: str) -> Job | None:
+    """Return the retry of a job, or of a retry of it, that is open or has succeeded."""
+    fresh = [job_id]
+    while fresh:
+        later = session.scalars(select(Job).where(Job.retry_of.in_(fresh))).all()
+        for job in later:
+            if job.state not in (JobState.FAILED, JobState.CANCELLED):
+                return job
+        fresh = [job.id for job in later]
+    return None
 
 
 def _failed_with(session: Session, job: Job) -> list[Job]:
     """Return the jobs that failed for want of an output of ``job``, upstream first."""
     ids = planning.downstream(session, job.id)
     query = select(Job).where(Job.id.in_(ids), Job.state == JobState.FAILED)
-    found = session.scalars(query.order_by(Job.created_at, Job.id)).all()
-    return [one for one in found if (one.error or {}).get("code") == UpstreamFailed.code()]
+    found = {
+        one.id: one
+        for one in session.scalars(query.order_by(Job.created_at, Job.id))
+        if (one.error or {}).get("code") == UpstreamFailed.code()
+    }
+    # Not by age: those that were retried together are equally old.
+    needs: dict[str, set[str]] = {one: set() for one in found}
+    for row in session.scalars(select(JobInput).where(JobInput.job_id.in_(found))):
+        if row.upstream_id in found:
+            needs[row.job_id].add(row.upstream_id)
+    return [found[one] for one in TopologicalSorter(needs).static_order()]
+
+
+def _read_by(session: Session, ids: set[str]) -> set[str]:
+    """Return the jobs whose outputs the retries of these will read."""
+    rows = select(JobInput.upstream_id).where(JobInput.job_id.in_(ids))
+    return {_latest(session, one, {}) for one in session.scalars(rows) if one is not None}
 
 
 def _again(

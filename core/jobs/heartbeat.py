@@ -17,6 +17,7 @@ from core.errors import Cancelled, HandedBack, LeaseLost, Stalled, StillroomErro
 from core.jobs import lease
 from core.jobs.lease import Claim, Rules
 from core.jobs.states import JobState
+from core.logs import carried
 
 log = logging.getLogger(__name__)
 BEAT = timedelta(seconds=1)
@@ -50,7 +51,7 @@ class Heartbeat:
         self._moved = time.monotonic()
         self._told: StillroomError | None = None
         self._told_at = 0.0
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=carried(self._beat), name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Chunk, Job, MetricPoint, Worker
+from core.db.models import Chunk, Job, MetricPoint
 from core.db.session import insert_new
 from core.errors import LeaseLost, StillroomError
 from core.jobs import adoption, events, planning, pool, shares
@@ -31,7 +31,7 @@ class Rules:
     stall_limit: timedelta = timedelta(minutes=15)
     stop_limit: timedelta = timedelta(seconds=30)
     retry_wait: timedelta = timedelta(seconds=5)
-    """Before a chunk is tried again where it failed; doubles with each failure."""
+    """Before a chunk is tried again where it failed; doubles with each failure, up to 64 times."""
     fairness: Fairness = field(default_factory=Fairness)
 
     @classmethod
@@ -178,7 +178,7 @@ def finish(
         progress=1.0,
         score=score,
     )
-    seconds = count_seconds(session, job, chunk, now=now)
+    seconds = shares.count_seconds(session, job, chunk, now=now)
     more = False
     if not cancelled:
         adoption.adopt(session, job, chunk, stored, now=now)
@@ -197,19 +197,6 @@ def finish(
 
 def _lock(session: Session, job_id: str) -> Job:
     return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
-
-
-def count_seconds(session: Session, job: Job, chunk: Chunk, *, now: datetime) -> float:
-    """Add this attempt's device time to the chunk's, the job's and the worker's; return it."""
-    seconds = (now - chunk.started_at).total_seconds() if chunk.started_at else 0.0
-    chunk.seconds += seconds
-    job.device_seconds += seconds
-    session.execute(
-        update(Worker)
-        .where(Worker.id == chunk.owner)
-        .values(busy_seconds=Worker.busy_seconds + seconds)
-    )
-    return seconds
 
 
 def _judge_nodes(session: Session, chunk: Chunk, node: str, *, now: datetime) -> None:
@@ -256,16 +243,16 @@ def put_back(
         chunk.state = ChunkState.CANCELLED
     if node is not None:
         chunk.failed_on = node
-        chunk.retry_at = now + rules.retry_wait * 2 ** (tries - 1)
+        chunk.retry_at = now + rules.retry_wait * 2 ** min(tries - 1, 6)
     chunk.lease_until = None
     chunk.finished_at = now
-    seconds = count_seconds(session, job, chunk, now=now)
+    seconds = shares.count_seconds(session, job, chunk, now=now)
     session.flush()
     facts = {"stage": chunk.stage, "index": chunk.index, "attempt": chunk.attempt}
     about = {"code": code, "message": error.message, "retried": again, "worker": chunk.owner}
     events.record(session, job.id, "chunk.failed", now=now, **facts, **about)
     if not again and not stopping:
-        planning.fail(session, job, error, now=now, chunk=chunk)
+        seconds += planning.fail(session, job, error, now=now, chunk=chunk)
     settle(session, job, now=now)
     shares.charge(session, job.project_id, seconds, now=now, fairness=rules.fairness)
 
@@ -294,7 +281,7 @@ def end_attempt(
     """End a running attempt of a locked job that nobody is to blame for: ready, or cancelled."""
     chunk.state = ChunkState.CANCELLED if job.state == JobState.CANCELLING else state
     chunk.lease_until, chunk.finished_at = None, now
-    seconds = count_seconds(session, job, chunk, now=now)
+    seconds = shares.count_seconds(session, job, chunk, now=now)
     session.flush()
     facts = {"stage": chunk.stage, "index": chunk.index, "attempt": chunk.attempt}
     said = "chunk.handed_back" if chunk.state == ChunkState.READY else "chunk.cancelled"

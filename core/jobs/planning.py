@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Artifact, Chunk, Job, JobInput, Output
 from core.errors import Conflict, NotFound, SpecInvalid, StillroomError, UpstreamFailed
-from core.jobs import events, lineage
-from core.jobs.states import OPEN_CHUNKS, TERMINAL, ChunkState, JobState, move
+from core.jobs import events, lineage, shares
+from core.jobs.states import OPEN_CHUNKS, RUNNING_CHUNK, TERMINAL, ChunkState, JobState, move
 from core.kinds._base import Input, Kind, Stage, kinds
 from core.specs.base import SHA256, JobSpec, Reads, inputs_of
 
@@ -59,6 +59,8 @@ def _resolve_one(
     if upstream.state in {JobState.FAILED, JobState.CANCELLED, JobState.CANCELLING}:
         raise SpecInvalid(f"job {job_id} is {upstream.state}: it will not make {name!r}")
     found = _made(session, job_id, name) if upstream.state == JobState.SUCCEEDED else None
+    if found is None and upstream.state == JobState.SUCCEEDED:
+        raise SpecInvalid(f"job {job_id} ended without making {name!r}")
     return JobInput(field=field, upstream_id=job_id, upstream_output=name, sha256=found)
 
 
@@ -169,7 +171,7 @@ def on_succeeded(session: Session, job: Job, *, now: datetime) -> bool:
     for row in waiting:
         row.sha256 = _made(session, job.id, row.upstream_output or "")
     session.flush()
-    for waiter in _lock(session, {row.job_id for row in waiting}):
+    for waiter in lock(session, {row.job_id for row in waiting}):
         if waiter.state not in (JobState.WAITING, JobState.PAUSED) or waiter.chunks is not None:
             continue
         missing = [r.upstream_output for r in waiting if r.job_id == waiter.id and not r.sha256]
@@ -192,7 +194,7 @@ def plan_if_whole(session: Session, job: Job, *, now: datetime) -> None:
         fail(session, job, error, now=now)
 
 
-def _lock(session: Session, ids: set[str]) -> Sequence[Job]:
+def lock(session: Session, ids: set[str]) -> Sequence[Job]:
     """Lock jobs in the order of their ids, as everybody does."""
     query = select(Job).where(Job.id.in_(ids)).order_by(Job.id).with_for_update()
     return session.scalars(query.execution_options(populate_existing=True)).all()
@@ -205,9 +207,13 @@ def fail(
     *,
     now: datetime,
     chunk: Chunk | None = None,
-) -> None:
-    """End a job, and every job that waits for its outputs, with the reason."""
-    _end(session, job, JobState.FAILED, now=now, error=_facts(error, chunk))
+) -> float:
+    """End a job, and every job that waits for its outputs, with the reason.
+
+    Returns:
+        The device seconds of what still ran of it: the caller charges them, as its last act.
+    """
+    return _end(session, job, JobState.FAILED, now=now, error=_facts(error, chunk))
 
 
 def end_cancelled(session: Session, job: Job, *, now: datetime) -> None:
@@ -217,13 +223,14 @@ def end_cancelled(session: Session, job: Job, *, now: datetime) -> None:
 
 def _end(
     session: Session, job: Job, state: JobState, *, now: datetime, error: dict[str, object] | None
-) -> None:
-    """End a job, and all that can no longer get what they wait for."""
-    _end_one(session, job, state, now=now, error=error)
+) -> float:
+    """End a job, and all that can no longer get what they wait for; what waits runs nothing."""
+    seconds = _end_one(session, job, state, now=now, error=error)
     lost = UpstreamFailed(f"it needs an output of job {job.id}, which {state}")
-    for waiter in _lock(session, downstream(session, job.id)):
+    for waiter in lock(session, downstream(session, job.id)):
         if waiter.state not in TERMINAL:
             _end_one(session, waiter, JobState.FAILED, now=now, error=_facts(lost))
+    return seconds
 
 
 def downstream(session: Session, job_id: str) -> set[str]:
@@ -248,8 +255,13 @@ def _facts(error: StillroomError, chunk: Chunk | None = None) -> dict[str, objec
 
 def _end_one(
     session: Session, job: Job, state: JobState, *, now: datetime, error: dict[str, object] | None
-) -> None:
+) -> float:
     move(session, job, state, now=now, error=error)
+    running = select(Chunk).where(Chunk.job_id == job.id, Chunk.state == RUNNING_CHUNK)
+    seconds = sum(
+        shares.count_seconds(session, job, chunk, now=now)
+        for chunk in session.scalars(running.order_by(Chunk.id)).all()
+    )
     still_open = (*OPEN_CHUNKS, ChunkState.RUNNING)
     session.execute(
         update(Chunk)
@@ -257,6 +269,7 @@ def _end_one(
         .values(state=ChunkState.CANCELLED, finished_at=now)
     )
     events.record(session, job.id, f"job.{state}", now=now, **({"error": error} if error else {}))
+    return seconds
 
 
 def check_open(job: Job) -> None:

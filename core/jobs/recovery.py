@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from core.db.models import Chunk, Job, Worker
 from core.db.session import reading, transaction
 from core.errors import DeadlinePassed, WorkerLost
-from core.jobs import lease, planning, pool
+from core.jobs import lease, planning, pool, shares
 from core.jobs.lease import Rules
 from core.jobs.scheduler import IN_QUEUE
 from core.jobs.states import READY_CHUNK, RUNNING_CHUNK, TERMINAL, ChunkState
@@ -34,7 +34,7 @@ def tick(engine: Engine, *, now: datetime, rules: Rules) -> Tally:
     """Do every duty once."""
     return Tally(
         released=release_expired(engine, now=now, rules=rules),
-        overdue=fail_overdue(engine, now=now),
+        overdue=fail_overdue(engine, now=now, rules=rules),
     )
 
 
@@ -65,15 +65,20 @@ def _each(engine: Engine, ids: Sequence[int], work: Callable[[Session, int], boo
 
 
 def _release(session: Session, chunk_id: int, *, now: datetime, rules: Rules) -> bool:
-    job_id = session.scalars(select(Chunk.job_id).where(Chunk.id == chunk_id)).one()
-    job = session.get_one(Job, job_id, with_for_update=True)
-    chunk = session.get_one(Chunk, chunk_id, with_for_update=True, populate_existing=True)
+    job, chunk = _lock(session, chunk_id)
     if chunk.state != ChunkState.RUNNING or chunk.lease_until is None or chunk.lease_until >= now:
         return False
     node = session.scalar(select(Worker.node_id).where(Worker.id == chunk.owner))
     lost = WorkerLost(f"worker {chunk.owner} stopped renewing its lease")
     lease.put_back(session, job, chunk, lost, node=node, now=now, rules=rules)
     return True
+
+
+def _lock(session: Session, chunk_id: int) -> tuple[Job, Chunk]:
+    """Lock a chunk's job, then the chunk, and read both anew: it may have ended meanwhile."""
+    job_id = session.scalars(select(Chunk.job_id).where(Chunk.id == chunk_id)).one()
+    job = session.get_one(Job, job_id, with_for_update=True)
+    return job, session.get_one(Chunk, chunk_id, with_for_update=True)
 
 
 def release_all(engine: Engine, *, owner_prefix: str, now: datetime, rules: Rules) -> int:
@@ -88,15 +93,17 @@ def release_all(engine: Engine, *, owner_prefix: str, now: datetime, rules: Rule
         chunks = session.scalars(owned.order_by(Chunk.id)).all()
 
     def give_back(session: Session, chunk_id: int) -> bool:
-        chunk = session.get_one(Chunk, chunk_id)
-        job = session.get_one(Job, chunk.job_id, with_for_update=True)
+        job, chunk = _lock(session, chunk_id)
+        mine = (chunk.owner or "").startswith(owner_prefix)
+        if chunk.state != ChunkState.RUNNING or not mine:
+            return False
         lease.end_attempt(session, job, chunk, ChunkState.READY, now=now, rules=rules)
         return True
 
     return _each(engine, chunks, give_back)
 
 
-def fail_overdue(engine: Engine, *, now: datetime) -> int:
+def fail_overdue(engine: Engine, *, now: datetime, rules: Rules) -> int:
     """Fail every job that is not done by its deadline; what runs of it loses its lease."""
     overdue = select(Job.id).where(
         Job.finished_at.is_(None), Job.deadline_at.is_not(None), Job.deadline_at < now
@@ -109,7 +116,9 @@ def fail_overdue(engine: Engine, *, now: datetime) -> int:
             job = session.get_one(Job, job_id, with_for_update=True)
             if job.state not in TERMINAL:
                 late = DeadlinePassed(f"not done by its deadline, {job.deadline_at:%F %T} UTC")
-                planning.fail(session, job, late, now=now)
+                seconds = planning.fail(session, job, late, now=now)
+                owner, fairness = job.project_id, rules.fairness
+                shares.charge(session, owner, seconds, now=now, fairness=fairness)
                 failed += 1
     return failed
 

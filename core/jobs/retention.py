@@ -7,26 +7,30 @@ user (role artifact) never expires by itself.
 from typing import Any
 
 from sqlalchemy import delete, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from core.db.models import CacheEntry, Chunk, Job, Output
 
 
 def drop_earlier(session: Session, chunk: Chunk) -> None:
     """Forget a chain's checkpoints before ``chunk``, but for the best and the pinned ones."""
-    best = None
-    if chunk.score is not None:
-        scored = select(Chunk.id).where(
-            Chunk.job_id == chunk.job_id,
-            Chunk.stage_index == chunk.stage_index,
-            Chunk.score.is_not(None),
+    scored = aliased(Chunk)
+    best = (
+        select(scored.id)
+        .where(
+            scored.job_id == chunk.job_id,
+            scored.stage_index == chunk.stage_index,
+            scored.score.is_not(None),
         )
-        best = session.scalar(scored.order_by(Chunk.score, Chunk.index).limit(1))
+        .order_by(scored.score, scored.index)
+        .limit(1)
+        .scalar_subquery()
+    )
     earlier = select(Chunk.id).where(
         Chunk.id == Output.chunk_id,
         Chunk.stage_index == chunk.stage_index,
         Chunk.index < chunk.index,
-        Chunk.id != (best or 0),
+        Chunk.id.is_distinct_from(best),
     )
     _drop(session, Output.job_id == chunk.job_id, earlier.exists())
 

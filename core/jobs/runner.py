@@ -14,6 +14,7 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
+from core import logs, tracing
 from core.artifacts.store import Blob, Store
 from core.db.models import Artifact, CacheEntry, Chunk, Job, Output
 from core.db.session import reading, transaction
@@ -169,21 +170,38 @@ class Runner:
         claim = self._claim()
         if claim is None:
             return False
+        facts: dict[str, Any] = {"job": claim.job_id, "chunk": claim.chunk_id}
+        with (
+            logs.about(**facts, attempt=claim.attempt),
+            tracing.chunk_span(
+                claim.trace,
+                kind=claim.kind,
+                job=claim.job_id,
+                stage=claim.stage,
+                index=claim.index,
+                attempt=claim.attempt,
+                worker=self.owner,
+            ) as mark,
+        ):
+            mark.ended(self._attempt(claim))
+        return True
+
+    def _attempt(self, claim: Claim) -> str:
+        """Run a claimed chunk in a folder of its own; return how it ended, in a word."""
         workdir = self.scratch / f"{claim.chunk_id}.{claim.attempt}"
-        workdir.mkdir(parents=True, exist_ok=False)
         heartbeat = Heartbeat(
             self.engine, claim, clock=self.clock, rules=self.rules, on_stuck=self.on_stuck
         )
         self._running = heartbeat
         try:
             with heartbeat:
-                self._run(claim, workdir, heartbeat)
+                return self._run(claim, workdir, heartbeat)
         except LeaseLost as lost:
             log.warning("discarded: %s", lost)
+            return lost.code()
         finally:
             self._running = None
             shutil.rmtree(workdir, ignore_errors=True)
-        return True
 
     def _claim(self) -> Claim | None:
         """Take the best ready chunk; None where nothing is ready for this place."""
@@ -210,33 +228,33 @@ class Runner:
         fairness = self.rules.fairness
         return scheduler.pick(session, self.place, now=self.clock(), fairness=fairness, lock=lock)
 
-    def _run(self, claim: Claim, workdir: Path, heartbeat: Heartbeat) -> None:
+    def _run(self, claim: Claim, workdir: Path, heartbeat: Heartbeat) -> str:
         """Compute, store and write; every failure becomes one guarded write."""
         try:
+            workdir.mkdir(parents=True, exist_ok=False)
             stored, result = self._compute(claim, workdir, heartbeat)
-            self._finish(claim, stored, result)
+            with tracing.step("write"):
+                self._finish(claim, stored, result)
         except LeaseLost:
             raise
-        except Cancelled:
-            self._write(
-                lambda session: lease.stop(session, claim, now=self.clock(), rules=self.rules)
-            )
-        except HandedBack as why:
-            log.info("job %s: chunk handed back: %s", claim.job_id, why)
-            self._write(
-                lambda session: lease.hand_back(session, claim, now=self.clock(), rules=self.rules)
-            )
+        except (Cancelled, HandedBack) as told:
+            log.info("chunk stopped: %s", told)
+            self._let_go(claim, lease.stop if isinstance(told, Cancelled) else lease.hand_back)
+            return told.code()
         except StillroomError as error:
-            self._give_up(claim, error)
+            return self._give_up(claim, error)
         except (OperationalError, InterfaceError) as outage:
             # The database was away while the chunk read from it: nobody's fault, so not counted.
-            log.warning("job %s: chunk handed back: %s", claim.job_id, outage.orig)
-            self._write(
-                lambda session: lease.hand_back(session, claim, now=self.clock(), rules=self.rules)
-            )
+            log.warning("chunk handed back: %s", outage.orig)
+            self._let_go(claim, lease.hand_back)
+            return HandedBack.code()
         except Exception as error:
-            log.exception("chunk %s of job %s crashed", claim.chunk_id, claim.job_id)
-            self._give_up(claim, _classify(error))
+            log.exception("chunk crashed")
+            return self._give_up(claim, _classify(error))
+        return "done"
+
+    def _let_go(self, claim: Claim, end: Callable[..., None]) -> None:
+        self._write(lambda session: end(session, claim, now=self.clock(), rules=self.rules))
 
     def _finish(self, claim: Claim, stored: Sequence[Stored], result: ChunkResult) -> None:
         more = self._write(
@@ -259,18 +277,21 @@ class Runner:
     def _compute(
         self, claim: Claim, workdir: Path, heartbeat: Heartbeat
     ) -> tuple[list[Stored], ChunkResult]:
-        spec, inputs, run_chunk = self._prepare(claim)
+        with tracing.step("fetch"):
+            spec, inputs, run_chunk = self._prepare(claim)
         chunk = RunningChunk(self, claim, inputs, workdir, heartbeat)
-        result = run_chunk(spec, chunk)
+        with tracing.step("compute"):
+            result = run_chunk(spec, chunk)
         heartbeat.report(1.0)
         for metric in result.metrics:
             if not math.isfinite(metric.value):
                 raise ChunkCrashed(f"metric {metric.name} is {metric.value} at step {metric.step}")
-        stored = [
-            self._store(name, role, produced, found=chunk.found.get(produced.cache_key or ""))
-            for role, made in (("artifact", result.outputs), ("checkpoint", result.checkpoints))
-            for name, produced in made.items()
-        ]
+        with tracing.step("store"):
+            stored = [
+                self._store(name, role, produced, found=chunk.found.get(produced.cache_key or ""))
+                for role, made in (("artifact", result.outputs), ("checkpoint", result.checkpoints))
+                for name, produced in made.items()
+            ]
         return stored, result
 
     def _prepare(
@@ -296,8 +317,8 @@ class Runner:
             cached=found is not None,
         )
 
-    def _give_up(self, claim: Claim, error: StillroomError) -> None:
-        log.warning("job %s: chunk %s/%s: %s", claim.job_id, claim.stage, claim.index, error)
+    def _give_up(self, claim: Claim, error: StillroomError) -> str:
+        log.warning("chunk %s/%s: %s", claim.stage, claim.index, error)
         self._write(
             lambda session: lease.give_up(
                 session,
@@ -307,6 +328,7 @@ class Runner:
                 rules=self.rules,
             )
         )
+        return error.code()
 
     def _write(self, change: Callable[[Session], T]) -> T:
         """Write in one transaction; while the database is away, wait: an outage fails no job."""

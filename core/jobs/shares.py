@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Chunk, Job, Project
+from core.db.models import Chunk, Job, Project, Worker
 from core.jobs.states import RUNNING_CHUNK
 
 
@@ -117,6 +117,19 @@ def _usage(
     penalty = fairness.entry_penalty
     pending = sum(max(now - at, penalty).total_seconds() for at in running)
     return fairness.decayed(project.usage, now - project.usage_at) + pending
+
+
+def count_seconds(session: Session, job: Job, chunk: Chunk, *, now: datetime) -> float:
+    """Add an attempt's device time to the chunk's, the job's and the worker's; return it."""
+    seconds = (now - chunk.started_at).total_seconds() if chunk.started_at else 0.0
+    chunk.seconds += seconds
+    job.device_seconds += seconds
+    session.execute(
+        update(Worker)
+        .where(Worker.id == chunk.owner)
+        .values(busy_seconds=Worker.busy_seconds + seconds)
+    )
+    return seconds
 
 
 def charge(

@@ -27,7 +27,7 @@ from core.errors import (
     TooLarge,
     UploadIncomplete,
 )
-from core.jobs import projects
+from core.jobs import audit, projects
 from core.jobs.ids import new_id
 
 DISCARDABLE = ("open", "failed")
@@ -49,8 +49,10 @@ class Uploads:
     upload_limit_bytes: int
     open_limit: int
 
-    def create(self, *, project: str, file_name: str, size_bytes: int, sha256: str) -> Upload:
-        """Announce a file of a project.
+    def create(
+        self, *, project: str, file_name: str, size_bytes: int, sha256: str, by: str
+    ) -> Upload:
+        """Announce a file of a project; ``by`` is who asks, for the audit.
 
         Raises:
             TooLarge: the file, or the number of unfinished uploads, passes its limit.
@@ -75,13 +77,16 @@ class Uploads:
         )
         with transaction(self.engine) as session:
             self._expire(session)
-            unfinished = select(func.count()).where(Upload.state.in_(UNFINISHED))
+            unfinished = select(func.count()).where(
+                Upload.project_id == project, Upload.state.in_(UNFINISHED)
+            )
             if (session.scalar(unfinished) or 0) >= self.open_limit:
                 raise TooLarge(
                     f"{self.open_limit} uploads are unfinished; complete or delete one first"
                 )
             projects.check_storage(session, project, adding_bytes=size_bytes)
             session.add(upload)
+            self._note(session, upload, by, "upload.create")
         self._part(upload.id).touch()
         return upload
 
@@ -142,7 +147,7 @@ class Uploads:
                 raise NotFound(f"no upload {upload_id}: it was deleted")
         return upload
 
-    def complete(self, upload_id: str, *, project: str | None = None) -> Artifact:
+    def complete(self, upload_id: str, *, by: str, project: str | None = None) -> Artifact:
         """Check size and hash, import in the sandbox and store; again: the same artifact.
 
         Raises:
@@ -163,7 +168,7 @@ class Uploads:
             self._move(upload_id, "open", "importing")
             try:
                 self._check_hash(upload)
-                return self._import(upload)
+                return self._import(upload, by=by)
             except BaseException as error:
                 # The content's own fault is final; anything else (disk, memory) may pass.
                 if isinstance(error, StillroomError) and not error.retryable:
@@ -172,7 +177,7 @@ class Uploads:
                     self._move(upload_id, "importing", "open")
                 raise
 
-    def discard(self, upload_id: str, *, project: str | None = None) -> None:
+    def discard(self, upload_id: str, *, by: str, project: str | None = None) -> None:
         """Forget an unfinished or failed upload and its bytes.
 
         Raises:
@@ -189,6 +194,7 @@ class Uploads:
             )
             if gone.scalar_one_or_none() is None:
                 raise NotFound(f"no upload {upload_id}")
+            self._note(session, upload, by, "upload.discard")
         self._part(upload_id).unlink(missing_ok=True)
 
     def recover(self) -> None:
@@ -254,7 +260,7 @@ class Uploads:
                 "upload the file again"
             )
 
-    def _import(self, upload: Upload) -> Artifact:
+    def _import(self, upload: Upload, *, by: str) -> Artifact:
         workdir = self.scratch / upload.id
         workdir.mkdir(parents=True, exist_ok=True)
         try:
@@ -265,11 +271,11 @@ class Uploads:
                 limits=self.limits,
             )
             blob = self.store.put(imported.path)
-            return self._adopt(upload, imported, blob)
+            return self._adopt(upload, imported, blob, by=by)
         finally:
             shutil.rmtree(workdir, ignore_errors=True)
 
-    def _adopt(self, upload: Upload, imported: Imported, blob: Blob) -> Artifact:
+    def _adopt(self, upload: Upload, imported: Imported, blob: Blob, *, by: str) -> Artifact:
         now = self.clock()
         values = {
             "sha256": blob.sha256,
@@ -286,8 +292,20 @@ class Uploads:
             done = {"state": "complete", "artifact": blob.sha256, "notes": notes, "updated_at": now}
             session.execute(update(Upload).where(Upload.id == upload.id).values(**done))
             artifact = session.get_one(Artifact, blob.sha256)
+            self._note(session, upload, by, "upload.complete", artifact=blob.sha256)
         self._part(upload.id).unlink(missing_ok=True)
         return artifact
+
+    def _note(self, session: Session, upload: Upload, by: str, action: str, **data: str) -> None:
+        audit.record(
+            session,
+            project=upload.project_id,
+            actor=by,
+            action=action,
+            target=upload.id,
+            now=self.clock(),
+            data=data,
+        )
 
     def _fail(self, upload_id: str, error: StillroomError) -> None:
         facts = {"code": error.code(), "message": error.message}

@@ -1,11 +1,12 @@
 """Why a job does not run, in one sentence; its place in the queue; when it will probably start."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import ColumnElement, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, Worker
@@ -37,17 +38,18 @@ def ahead(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> A
     """Return why a job does not run, its place in its project's queue and its probable start."""
     if job.state not in (JobState.QUEUED, JobState.RUNNING):
         return Ahead(_standing_still(session, job), None, None)
-    if _counted(session, job, RUNNING_CHUNK):
+    running = _running(session)
+    if any(chunk.job_id == job.id for chunk in running):
         return Ahead(None, None, None)
     workers = pool.usable(session, now=now)
     needs = _needs(session, job)
     able = [w for w in workers if needs is None or _offers(w, needs)]
-    standing = shares.standings(session, now=now, fairness=fairness)
     place = _place(session, job)
     if needs is None or not able:
-        return Ahead(_nobody(workers, needs), place, None)
-    why = _why(session, job, needs, able, place, standing, now=now)
-    starts_in = _starts_in(session, job, workers, standing, now=now)
+        return Ahead(_nobody(session, needs, now=now), place, None)
+    standing = shares.standings(session, now=now, fairness=fairness)
+    why = _why(session, job, needs, able, running, standing, now=now)
+    starts_in = _starts_in(session, job, workers, running, standing, now=now)
     return Ahead(why, place, None if starts_in is None else now + timedelta(seconds=starts_in))
 
 
@@ -67,9 +69,12 @@ def upstream(session: Session, jobs: Sequence[Job]) -> dict[str, str]:
     return {job_id: f"waits for {' and '.join(sorted(found))}" for job_id, found in names.items()}
 
 
-def _counted(session: Session, job: Job, state: Any) -> int:
-    query = select(func.count()).where(Chunk.job_id == job.id, Chunk.state == state)
-    return session.scalar(query) or 0
+def _running(session: Session) -> Sequence[Any]:
+    """Return what runs: each chunk with the figures of its job."""
+    of_chunk = (Chunk.job_id, Chunk.owner, Chunk.started_at, Chunk.progress)
+    of_job = (Job.project_id, Job.kind, Job.device_seconds, Job.attempts)
+    query = select(*of_chunk, *of_job).join(Job, Job.id == Chunk.job_id)
+    return session.execute(query.where(Chunk.state == RUNNING_CHUNK)).all()
 
 
 def _needs(session: Session, job: Job) -> Chunk | None:
@@ -82,12 +87,15 @@ def _offers(worker: Worker, needs: Chunk) -> bool:
     return needs.device in (None, worker.kind) and needs.memory_bytes <= worker.memory_bytes
 
 
-def _nobody(workers: Sequence[Worker], needs: Chunk | None) -> str:
-    if not workers:
-        return "no worker is alive"
+def _nobody(session: Session, needs: Chunk | None, *, now: datetime) -> str:
     if needs is None:
         return "its next chunk is being made ready"
-    same = [w.memory_bytes for w in workers if needs.device in (None, w.kind)]
+    live = [worker for worker, alive in pool.workers(session, now=now) if alive]
+    if any(_offers(worker, needs) for worker in live):
+        return "every worker that could run it is on a node that drains or is excluded"
+    if not live:
+        return "no worker is alive"
+    same = [w.memory_bytes for w in live if needs.device in (None, w.kind)]
     if not same:
         return f"needs a {needs.device}; no live worker has one"
     most, asked = max(same) / GIB, needs.memory_bytes / GIB
@@ -99,8 +107,8 @@ def _why(
     job: Job,
     needs: Chunk,
     able: Sequence[Worker],
-    place: int,
-    standing: dict[str, Standing],
+    running: Sequence[Any],
+    standing: Mapping[str, Standing],
     *,
     now: datetime,
 ) -> str:
@@ -110,61 +118,98 @@ def _why(
         return f"failed on {needs.failed_on}; tried there again at {needs.retry_at:%T} UTC"
     if mine.at_limit:
         return f"its project runs {mine.running} chunks at once, its limit"
-    if place > 1:
-        return f"{place - 1} job(s) of its project before it"
-    urgent = select(func.count()).where(IN_QUEUE, Job.rank < job.rank, Job.id != job.id)
-    if count := session.scalar(urgent):
+    busy = {chunk.owner for chunk in running}
+    free = any(worker.id not in busy for worker in able)
+    return _first(session, job, able, standing) or (
+        "next in the queue; a worker is free to take it"
+        if free
+        else "next in the queue; all workers that could run it are busy"
+    )
+
+
+def _first(
+    session: Session, job: Job, able: Sequence[Worker], standing: Mapping[str, Standing]
+) -> str | None:
+    """Return who goes before a job, in words; None where nobody does."""
+    mine, rivals = standing[job.project_id], _rivals(able, standing)
+    if count := _count(session, *rivals, Job.project_id == job.project_id, _before(job)):
+        return f"{count} job(s) of its project before it"
+    if count := _count(session, *rivals, Job.rank < job.rank):
         return f"{count} job(s) of higher priority go first"
-    first = [
-        s for s in standing.values() if s.level < mine.level and s.project_id in _open(session)
-    ]
-    if first:
-        names = ", ".join(sorted(s.name for s in first)[:3])
-        return f"next of its project, which has used more than its share; first: {names}"
-    return "next in the queue; all workers that could run it are busy"
+    asking = select(Job.project_id).where(*rivals, Job.rank == job.rank).distinct()
+    others = (standing[project_id] for project_id in session.scalars(asking))
+    first = sorted(other.name for other in others if other.level < mine.level)
+    if not first:
+        return None
+    names = ", ".join(first[:3])
+    return f"next of its project, which has used more than its share; first: {names}"
 
 
-def _open(session: Session) -> set[str]:
-    return set(session.scalars(select(Job.project_id).where(IN_QUEUE).distinct()))
+def _rivals(able: Sequence[Worker], standing: Mapping[str, Standing]) -> list[ColumnElement[bool]]:
+    """Return what makes a job one that these workers may start, or go on with, instead."""
+    full = [one.project_id for one in standing.values() if one.at_limit]
+    to_come = select(Chunk.id).where(
+        Chunk.job_id == Job.id,
+        Chunk.state.not_in((*OVER_CHUNKS, RUNNING_CHUNK)),
+        or_(Chunk.device.is_(None), Chunk.device.in_({worker.kind for worker in able})),
+        Chunk.memory_bytes <= max(worker.memory_bytes for worker in able),
+    )
+    return [IN_QUEUE, Job.project_id.not_in(full), to_come.exists()]
+
+
+def _before(job: Job) -> ColumnElement[bool]:
+    return tuple_(*ORDER) < (job.rank, job.created_at, job.id)
+
+
+def _count(session: Session, *where: ColumnElement[bool]) -> int:
+    return session.scalar(select(func.count(Job.id)).where(*where)) or 0
 
 
 def _place(session: Session, job: Job) -> int:
     """Return the place among the jobs of its project that have a chunk to start."""
-    before = tuple_(*ORDER) < (job.rank, job.created_at, job.id)
     ready = select(Chunk.id).where(Chunk.job_id == Job.id, Chunk.state == READY_CHUNK).exists()
-    query = select(func.count()).where(Job.project_id == job.project_id, IN_QUEUE, before, ready)
-    return (session.scalar(query) or 0) + 1
+    return _count(session, Job.project_id == job.project_id, IN_QUEUE, _before(job), ready) + 1
 
 
 def _starts_in(
     session: Session,
     job: Job,
     workers: Sequence[Worker],
-    standing: dict[str, Standing],
+    running: Sequence[Any],
+    standing: Mapping[str, Standing],
     *,
     now: datetime,
 ) -> float | None:
-    seconds = _Seconds(session)
-    jobs = _queue(session, seconds)
+    seconds = _Seconds(session, running)
+    left = {chunk.owner: seconds.left(chunk, now=now) for chunk in running}
+    jobs = _queue(session, seconds, {chunk.job_id: left[chunk.owner] for chunk in running})
     if all(one.job_id != job.id for one in jobs):
         return None
-    busy = _busy(session, seconds, now=now)
-    devices = [Device(w.kind, w.memory_bytes, busy.get(w.id, 0.0)) for w in workers]
-    usage = {project_id: one.usage for project_id, one in standing.items()}
-    weights = {project_id: one.weight for project_id, one in standing.items()}
-    return forecast.starts_in(job.id, jobs, devices, usage, weights)
+    whose = {chunk.owner: chunk.project_id for chunk in running}
+    projects = standing.values()
+    return forecast.starts_in(
+        job.id,
+        jobs,
+        [Device(w.kind, w.memory_bytes, left.get(w.id, 0.0), whose.get(w.id)) for w in workers],
+        usage={one.project_id: one.usage for one in projects},
+        weights={one.project_id: one.weight for one in projects},
+        limits={p.project_id: p.running_limit for p in projects if p.running_limit is not None},
+    )
 
 
 class _Seconds:
     """How long a chunk lasts: as those of its job did, else of the last job of its kind."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, running: Sequence[Any]) -> None:
         self._session = session
         self._by_kind: dict[str, float] = {}
+        self.running = Counter(chunk.job_id for chunk in running)
+        """Chunks that run of each job: attempts whose seconds are not counted yet."""
 
-    def of(self, kind: str, device_seconds: float, attempts: int) -> float:
-        if device_seconds > 0 and attempts > 0:
-            return device_seconds / attempts
+    def of(self, job_id: str, kind: str, device_seconds: float, attempts: int) -> float:
+        ended = attempts - self.running[job_id]
+        if device_seconds > 0 and ended > 0:
+            return device_seconds / ended
         if kind not in self._by_kind:
             last = (
                 select(Job.device_seconds, Job.attempts)
@@ -176,9 +221,17 @@ class _Seconds:
             self._by_kind[kind] = row[0] / row[1] if row else UNKNOWN_SECONDS
         return self._by_kind[kind]
 
+    def left(self, chunk: Any, *, now: datetime) -> float:
+        """Return the seconds until a running chunk probably ends."""
+        gone: float = (now - chunk.started_at).total_seconds()
+        whole = self.of(chunk.job_id, chunk.kind, chunk.device_seconds, chunk.attempts)
+        if chunk.progress > 0:
+            whole = gone / chunk.progress
+        return max(whole - gone, 0.0)
 
-def _queue(session: Session, seconds: _Seconds) -> list[Queued]:
-    """Return the jobs with chunks to start, as the forecast sees them."""
+
+def _queue(session: Session, seconds: _Seconds, left: Mapping[str, float]) -> list[Queued]:
+    """Return the jobs with chunks to start; ``left``: seconds until the running ones end."""
     first = (
         select(Chunk.id)
         .where(Chunk.job_id == Job.id, Chunk.state.not_in(OVER_CHUNKS))
@@ -187,41 +240,34 @@ def _queue(session: Session, seconds: _Seconds) -> list[Queued]:
         .correlate(Job)
         .scalar_subquery()
     )
+    of_job = (Job.id, Job.project_id, Job.kind, Job.rank, Job.created_at, Job.chunks)
+    figures = (Job.chunks_over, Job.device_seconds, Job.attempts)
     query = (
-        select(Job, Chunk)
+        select(*of_job, *figures, Chunk.device, Chunk.memory_bytes, Chunk.chained)
         .join(Chunk, Chunk.id == first)
         .where(IN_QUEUE)
-        .order_by(Job.rank, Job.created_at)
+        .order_by(*ORDER)
         .limit(LOOKED_AT)
     )
     rows = session.execute(query).all()
-    ages = {job.id: age for age, (job, _) in enumerate(sorted(rows, key=lambda r: r[0].created_at))}
-    return [
-        Queued(
-            job_id=job.id,
-            project_id=job.project_id,
-            rank=job.rank,
-            age=ages[job.id],
-            chunks=(job.chunks or 1) - job.chunks_over,
-            seconds=max(seconds.of(job.kind, job.device_seconds, job.attempts), 1e-3),
-            device=chunk.device,
-            memory_bytes=chunk.memory_bytes,
-            chained=chunk.chained,
-        )
-        for job, chunk in rows
-    ]
-
-
-def _busy(session: Session, seconds: _Seconds, *, now: datetime) -> dict[str, float]:
-    """Return for each worker that runs a chunk the seconds until that probably ends."""
-    query = select(Chunk, Job).join(Job, Job.id == Chunk.job_id).where(Chunk.state == RUNNING_CHUNK)
-    found = {}
-    for chunk, job in session.execute(query):
-        if chunk.owner is None or chunk.started_at is None:
-            continue
-        gone = (now - chunk.started_at).total_seconds()
-        whole = seconds.of(job.kind, job.device_seconds, job.attempts - 1)
-        if chunk.progress > 0:
-            whole = gone / chunk.progress
-        found[chunk.owner] = max(whole - gone, 0.0)
+    oldest_first = sorted(rows, key=lambda row: (row.created_at, row.id))
+    found = []
+    for age, row in enumerate(oldest_first):
+        chunks = row.chunks - row.chunks_over - seconds.running[row.id]
+        lasts = seconds.of(row.id, row.kind, row.device_seconds, row.attempts)
+        if chunks > 0:
+            found.append(
+                Queued(
+                    job_id=row.id,
+                    project_id=row.project_id,
+                    rank=row.rank,
+                    age=age,
+                    chunks=chunks,
+                    seconds=max(lasts, 1e-3),
+                    device=row.device,
+                    memory_bytes=row.memory_bytes,
+                    chained=row.chained,
+                    busy_s=left.get(row.id, 0.0) if row.chained else 0.0,
+                )
+            )
     return found

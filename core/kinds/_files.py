@@ -1,10 +1,16 @@
-"""Small files that kinds pass between their chunks: JSON, the same bytes every time."""
+"""What kinds share: blocks of rows, sizes, small JSON files with the same bytes every time."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from core.kinds._base import Produced
+
+
+def float_bytes(*shape: int) -> int:
+    """Return what a float32 tensor of this shape takes."""
+    return 4 * math.prod(shape)
 
 
 def write_json(path: Path, value: Any, *, format_name: str, **meta: Any) -> Produced:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.kinds._base import Chunk, Metric, Produced
-from core.kinds._files import blocks
+from core.kinds._files import blocks, float_bytes
 
 if TYPE_CHECKING:
     from core.distill.teachers._base import BlendingTeacher
@@ -21,6 +22,13 @@ ROWS_PER_BLOCK = 8192
 """So are target blocks, unless a job says otherwise."""
 ROWS_PER_STEP = 1024
 """Targets computed between two reports of progress."""
+
+
+def teacher_bytes(model: Mapping[str, Any]) -> int:
+    """Return the memory of a teacher over a model: rotations, bivectors, training queries, work."""
+    clusters, dim, rows = model["clusters"], model["dim"], model["rows"]
+    return 2 * float_bytes(clusters, dim, dim) + 2 * float_bytes(rows, dim)
+
 
 _kept: dict[tuple[str, str, str], BlendingTeacher] = {}
 """The last teacher this process built: chunks of a job come one after another. Keyed by content."""

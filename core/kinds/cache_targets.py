@@ -15,13 +15,14 @@ from pydantic import Field
 
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Stage
-from core.kinds._files import blocks, write_json
+from core.kinds._files import blocks, float_bytes, write_json
 from core.kinds._teacher import (
     CLUSTERS_PER_BLOCK,
     ROWS_PER_BLOCK,
     bivector_block,
     load_teacher,
     target_block,
+    teacher_bytes,
 )
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.teachers import Rotational, Teacher
@@ -59,9 +60,15 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
         raise SpecInvalid(
             f"pairs have {asked['dim']} dimensions, the model {model['dim']}", pointer="/pairs"
         )
+    teacher = teacher_bytes(model)
+    block = float_bytes(min(BLOCK_ENTRIES, asked["rows"] * asked["dim"]))
     return [
-        Stage("bivectors", len(blocks(model["clusters"], CLUSTERS_PER_BLOCK))),
-        Stage("targets", len(_blocks(spec, asked))),
+        Stage(
+            "bivectors",
+            len(blocks(model["clusters"], CLUSTERS_PER_BLOCK)),
+            memory_bytes=teacher,
+        ),
+        Stage("targets", len(_blocks(spec, asked)), memory_bytes=teacher + 4 * block),
         Stage("list", 1),
     ]
 

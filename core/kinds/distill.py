@@ -10,8 +10,8 @@ from pydantic import Field
 
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
-from core.kinds._files import blocks, read_json, write_json
-from core.kinds._teacher import ROWS_PER_BLOCK, load_teacher, target_block
+from core.kinds._files import blocks, float_bytes, read_json, write_json
+from core.kinds._teacher import ROWS_PER_BLOCK, load_teacher, target_block, teacher_bytes
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.students import RotorProduct, Student
 from core.specs.teachers import Rotational, Teacher
@@ -43,11 +43,18 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     spec.student.check_width(inputs["model"].meta["dim"])
     if "targets" in inputs:
         _check_targets(spec, inputs["targets"].meta, inputs["model"].sha256)
-    rows = inputs["model"].meta["rows"]
+    model = inputs["model"].meta
+    rows = model["rows"]
+    # The teacher; queries and targets with their mixtures and a batch's work.
+    needed = teacher_bytes(model) + 6 * float_bytes(rows, model["dim"])
     epochs = len(blocks(spec.training.epochs, spec.training.epochs_per_chunk))
     return [
-        Stage("targets", 0 if "targets" in inputs else len(blocks(rows, ROWS_PER_BLOCK))),
-        Stage("train", epochs, "chained"),
+        Stage(
+            "targets",
+            0 if "targets" in inputs else len(blocks(rows, ROWS_PER_BLOCK)),
+            memory_bytes=needed,
+        ),
+        Stage("train", epochs, "chained", memory_bytes=needed),
         Stage("export", 1),
     ]
 

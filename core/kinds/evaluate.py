@@ -9,8 +9,8 @@ from pydantic import Field
 
 from core.errors import DataInvalid, SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
-from core.kinds._files import blocks, read_json, write_json
-from core.kinds._teacher import load_teacher
+from core.kinds._files import blocks, float_bytes, read_json, write_json
+from core.kinds._teacher import load_teacher, teacher_bytes
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.teachers import Rotational, Teacher
 
@@ -62,10 +62,13 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     most = inputs["model"].meta["held_out"] if own else inputs["pairs"].meta["rows"]
     if most == 0:
         raise SpecInvalid("the model held no rows of these pairs out", pointer="/pairs")
+    needed = teacher_bytes(inputs["model"].meta) + 4 * float_bytes(
+        inputs["pairs"].meta["rows"], dim
+    )
     return [
-        Stage("choose", 1),
-        Stage("map", len(blocks(most, ROWS_PER_CHUNK))),
-        Stage("judge", 1),
+        Stage("choose", 1, memory_bytes=needed),
+        Stage("map", len(blocks(most, ROWS_PER_CHUNK)), memory_bytes=needed),
+        Stage("judge", 1, memory_bytes=needed),
     ]
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
-from core.kinds._files import blocks, read_json, write_json
+from core.kinds._files import blocks, float_bytes, read_json, write_json
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.clusterings import Clustering, Groups, KMeans
 
@@ -81,11 +81,14 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             pointer="/clustering/method",
         )
     most = min(most, meta["rows"])
+    rows, dim = meta["rows"], meta["dim"]
+    # Queries and targets, their turned copies, and every cluster's rotation.
+    needed = 4 * float_bytes(rows, dim) + 2 * float_bytes(most, dim, dim)
     return [
-        Stage("prepare", 1),
-        Stage("score", spec.scored()),
-        Stage("fit", len(blocks(most, CLUSTERS_PER_CHUNK))),
-        Stage("assemble", 1),
+        Stage("prepare", 1, memory_bytes=needed),
+        Stage("score", spec.scored(), memory_bytes=needed),
+        Stage("fit", len(blocks(most, CLUSTERS_PER_CHUNK)), memory_bytes=needed),
+        Stage("assemble", 1, memory_bytes=needed),
     ]
 
 

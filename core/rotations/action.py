@@ -29,7 +29,7 @@ def spectral_norms(bivectors: Tensor) -> Tensor:
     return torch.stack(squares).clamp(min=0).sqrt() * (1 + 1e-9)
 
 
-def exp_action(  # noqa: PLR0913 - three things, and what is known of them, by keyword
+def exp_action(
     queries: Tensor,
     bivectors: Tensor,
     mixture: Mixture,

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.deps import Context
 from core.jobs.runner import Runner
 from core.settings import Settings
-from tests.conftest import Clock, make_runner
+from tests.conftest import DATABASES, Clock, fresh_database, make_runner
 
 KEY = "a-key-of-some-length"
 ECHO = {"kind": "echo", "text": "hello", "times": 2}
@@ -39,29 +40,48 @@ def api_clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory, api_clock: Clock) -> Iterator[TestClient]:
+@pytest.fixture(scope="session", params=DATABASES)
+def client(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, api_clock: Clock
+) -> Iterator[TestClient]:
     """One server for all tests that do not mind each other's jobs."""
-    with serving(make_settings(tmp_path_factory.mktemp("data")), api_clock) as client:
+    folder = tmp_path_factory.mktemp("data")
+    with (
+        fresh_database(request, folder) as url,
+        serving(make_settings(folder, database_url=url), api_clock) as client,
+    ):
         yield client
 
 
-@pytest.fixture(scope="session")
-def locked(tmp_path_factory: pytest.TempPathFactory, api_clock: Clock) -> Iterator[TestClient]:
+@pytest.fixture(scope="session", params=DATABASES)
+def locked(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, api_clock: Clock
+) -> Iterator[TestClient]:
     """A server with a key."""
-    settings = make_settings(tmp_path_factory.mktemp("locked"), api_key=KEY)
-    with serving(settings, api_clock) as client:
-        yield client
+    folder = tmp_path_factory.mktemp("locked")
+    with fresh_database(request, folder) as url:
+        settings = make_settings(folder, api_key=KEY, database_url=url)
+        with serving(settings, api_clock) as client:
+            yield client
+
+
+@pytest.fixture(params=DATABASES)
+def alone(request: pytest.FixtureRequest, tmp_path: Path, api_clock: Clock) -> Iterator[TestClient]:
+    """A server of this test only, with small limits."""
+    limits = {"body_limit_bytes": 2048, "part_limit_bytes": 1 << 16, "uploads_open_limit": 3}
+    with fresh_database(request, tmp_path / "data") as url:
+        settings = make_settings(tmp_path / "data", database_url=url, **limits)
+        with serving(settings, api_clock) as client:
+            yield client
 
 
 @pytest.fixture
-def alone(tmp_path: Path, api_clock: Clock) -> Iterator[TestClient]:
-    """A server of this test only, with small limits."""
-    settings = make_settings(
-        tmp_path / "data", body_limit_bytes=2048, part_limit_bytes=1 << 16, uploads_open_limit=3
-    )
-    with serving(settings, api_clock) as client:
-        yield client
+def shared(engine: Engine, tmp_path: Path, clock: Clock) -> Iterator[TestClient]:
+    """A server of this test only, with an operator's key, on either database."""
+    url = engine.url.render_as_string(hide_password=False)
+    settings = make_settings(tmp_path / "data", api_key=KEY, database_url=url)
+    with serving(settings, clock) as server:
+        yield server
 
 
 def context_of(client: TestClient) -> Context:
@@ -95,6 +115,26 @@ def done(client: TestClient, finish: Callable[[], None]) -> dict[str, Any]:
     return job
 
 
+OPERATOR = {"Authorization": f"Bearer {KEY}"}
+SCOPES = ("read", "submit", "admin")
+
+
+def make_project(server: TestClient, name: str, **limits: Any) -> str:
+    """Make a project as the operator and return its id."""
+    answer = server.post("/v1/projects", json={"name": name, **limits}, headers=OPERATOR)
+    assert answer.status_code == 201, answer.text
+    project_id: str = answer.json()["id"]
+    return project_id
+
+
+def key_of(server: TestClient, project: str, *scopes: str, **more: Any) -> dict[str, str]:
+    """Make a key as the operator and return the header that shows it."""
+    asked = {"project": project, "name": "test", "scopes": scopes or SCOPES, **more}
+    answer = server.post("/v1/keys", json=asked, headers=OPERATOR)
+    assert answer.status_code == 201, answer.text
+    return {"Authorization": f"Bearer {answer.json()['key']}"}
+
+
 def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:
     """Check that an answer is a whole problem and return it."""
     assert response.status_code == status, response.text
@@ -120,15 +160,18 @@ def pairs(**more: Any) -> bytes:
     return file.getvalue()
 
 
-def send(client: TestClient, url: str, offset: Any, content: Any) -> Any:
+def send(
+    client: TestClient, url: str, offset: Any, content: Any, key: dict[str, str] | None = None
+) -> Any:
     headers = {"Content-Type": "application/octet-stream", "Upload-Offset": str(offset)}
-    return client.patch(url, content=content, headers=headers)
+    return client.patch(url, content=content, headers={**headers, **(key or {})})
 
 
-def upload(client: TestClient, content: bytes) -> str:
+def upload(client: TestClient, content: bytes, key: dict[str, str] | None = None) -> str:
     """Send a file whole and return the URL of its upload."""
-    url: str = client.post("/v1/uploads", json=announce(content)).headers["location"]
-    assert send(client, url, 0, content).status_code == 200
+    key = key or {}
+    url: str = client.post("/v1/uploads", json=announce(content), headers=key).headers["location"]
+    assert send(client, url, 0, content, key).status_code == 200
     return url
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from api.downloads import clean_name, disposition
-from core.db.models import Artifact
+from core.db.models import Artifact, Upload
 from core.db.session import transaction
+from core.jobs.projects import FIRST_PROJECT
 from tests.api.conftest import context_of, problem_of
 
 TEXT = b"hello\nhello\n"
@@ -149,6 +150,12 @@ def test_row_without_its_blob_is_404_and_a_strange_media_type_is_plain_bytes(
         media_type = "text/html\r\nX-Evil: 1"
         session.add(Artifact(sha256=blob.sha256, file_name=named, media_type=media_type, **row))
         session.add(Artifact(sha256="f" * 64, file_name="gone", media_type="a/b", **row))
+        session.flush()
+        for sha256 in (blob.sha256, "f" * 64):
+            sent = {"id": f"up_{sha256[:9]}", "file_name": "x", "size_bytes": 8, "sha256": sha256}
+            at = {"created_at": context.clock(), "updated_at": context.clock()}
+            mine = {"project_id": FIRST_PROJECT, "state": "complete", "artifact": sha256}
+            session.add(Upload(**sent, **at, **mine))
 
     problem_of(client.get(f"/v1/artifacts/{'f' * 64}/content"), 404, "not_found")
     answer = client.get(f"/v1/artifacts/{blob.sha256}/content")

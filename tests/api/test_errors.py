@@ -4,10 +4,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Engine, create_engine, text
 from starlette.testclient import TestClient
 
 from tests.api.conftest import ECHO, context_of, problem_of
-from tests.api.test_guard import ROUTES
+from tests.api.walk import ROUTES
 
 JSON = {"Content-Type": "application/json"}
 
@@ -150,7 +151,7 @@ def test_wrong_method_is_told_every_right_one(client: TestClient, path: str, all
     assert problem_of(answer, 405, "method_not_allowed")["detail"].endswith(f"allowed: {allowed}")
 
 
-@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, _ in ROUTES])
 def test_every_route_refuses_parameters_it_does_not_have(
     client: TestClient, method: str, path: str
 ) -> None:
@@ -204,10 +205,23 @@ def test_unforeseen_error_is_a_500_that_tells_nothing_but_its_id(
     assert record.request_id == "find-me"  # type: ignore[attr-defined]
 
 
+def take_away(engine: Engine) -> None:
+    """Let no connection reach the database, or, of a file, no statement succeed."""
+    if engine.dialect.name == "sqlite":
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE jobs RENAME TO away")
+        return
+    name = engine.url.database
+    admin = create_engine(engine.url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false"))
+        ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+        connection.execute(text(ends), {"name": name})
+    admin.dispose()
+
+
 def test_database_that_is_away_is_503_and_retryable(alone: TestClient) -> None:
-    engine = context_of(alone).engine
-    with engine.begin() as connection:
-        connection.exec_driver_sql("ALTER TABLE jobs RENAME TO away")
+    take_away(context_of(alone).engine)
 
     body = problem_of(alone.get("/v1/jobs"), 503, "database_unavailable")
     assert body["retryable"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from api.principals import Proof
 from api.routes.events import follow, look_at
 from tests.api.conftest import ECHO, context_of, runner_of
 
@@ -130,8 +131,9 @@ def test_silent_stream_sends_heartbeats_until_the_server_stops(alone: TestClient
 
     async def listen() -> list[str]:
         heard = []
-        first = look_at(context, job_id, after=0)
-        async for text in follow(context, job_id, first, 0, heartbeat_s=0.1):
+        by = context.principals.find(Proof())
+        first = look_at(context, by, job_id, after=0)
+        async for text in follow(context, by, job_id, first, 0, heartbeat_s=0.1):
             heard.append(text)
             if len(heard) == 3:
                 context.stopping.set()

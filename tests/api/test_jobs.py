@@ -7,13 +7,16 @@ from anyio import to_thread
 from starlette.testclient import TestClient
 
 from core.jobs import pool
-from tests.api.conftest import ECHO, KEY, context_of, pairs, problem_of, upload
+from core.jobs.pool import Place
+from tests.api.conftest import ECHO, KEY, context_of, pairs, problem_of, runner_of, upload
 from tests.conftest import Clock
 
+PLACE = Place(node="host-7:cpu", device="cpu", memory_bytes=1 << 30)
 FIELDS = {
     "id", "kind", "name", "state", "priority", "labels", "spec", "created_at", "started_at",
-    "finished_at", "progress", "queue_position", "waits_for", "error", "attempts",
-    "device_seconds", "cache_hits", "inputs", "artifacts",
+    "finished_at", "deadline_at", "retry_of", "submitted_by", "progress", "queue_position",
+    "waits_for", "predicted_start_at", "error", "attempts", "device_seconds", "cache_hits",
+    "inputs", "artifacts",
 }  # fmt: skip
 
 
@@ -45,8 +48,16 @@ def test_finished_job_shows_artifacts_metrics_and_checkpoints(
     assert output["sha256"] == done["artifacts"]["text"]
     assert (output["name"], output["role"], output["format"]) == ("text", "artifact", "text")
     assert (output["file_name"], output["size_bytes"]) == ("echo.txt", 12)
-    kept = client.get(f"{url}/checkpoints").json()["items"]
-    assert [one["name"] for one in kept] == ["so_far"]
+
+
+def test_running_job_shows_what_its_next_chunk_starts_from(alone: TestClient) -> None:
+    url = alone.post("/v1/jobs", json=ECHO).headers["location"]
+    assert runner_of(alone).run_one()
+
+    (kept,) = alone.get(f"{url}/checkpoints").json()["items"]
+
+    assert (kept["name"], kept["role"], kept["size_bytes"]) == ("so_far", "checkpoint", 6)
+    assert alone.get(f"{url}/artifacts").json()["items"] == []
 
 
 def test_same_key_and_body_answer_with_the_first_job(client: TestClient) -> None:
@@ -278,7 +289,7 @@ def test_readiness_names_the_workers_only_to_who_has_the_key(
 ) -> None:
     context = context_of(locked)
     with context.transaction() as session:
-        pool.hello(session, "host-7:4711:cpu", device="cpu", now=api_clock())
+        pool.hello(session, "host-7:4711:cpu", place=PLACE, now=api_clock())
 
     stranger = locked.get("/readyz")
     known = locked.get("/readyz", headers={"Authorization": f"Bearer {KEY}"})
@@ -298,7 +309,7 @@ def test_server_with_workers_of_its_own_is_ready_once_one_lives(
 
     before = alone.get("/readyz")
     with context.transaction() as session:
-        pool.hello(session, "w", device="cpu", now=api_clock())
+        pool.hello(session, "w", place=PLACE, now=api_clock())
 
     assert (before.status_code, before.json()["status"]) == (503, "no_worker")
     assert (alone.get("/readyz").status_code, alone.get("/readyz").json()["status"]) == (200, "ok")

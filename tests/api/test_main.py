@@ -19,6 +19,10 @@ from api.__main__ import _url
 from api.app import open_data
 from tests.api.conftest import ECHO, make_settings
 
+TEAM = {
+    "STILL_BROKER_URL": "redis://127.0.0.1:1/0",
+    "STILL_DATABASE_URL": "postgresql+psycopg://u:short-secret@127.0.0.1:1/y",
+}
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -163,6 +167,19 @@ def test_announced_address_can_be_opened(host: str, shown: str) -> None:
         ({"STILL_DEVICES": "cpu"}, "devices"),
         ({"STILL_HOST": "no.such.host.invalid", "STILL_API_KEY": "x" * 16}, "stillroom: "),
         ({"STILL_DATA_DIR": "/proc/nothing"}, "/proc/nothing"),
+        ({"STILL_RATE_LIMIT": "often"}, "STILL_RATE_LIMIT: 'often' is no limit"),
+        ({"STILL_KEY_SECRET": "short-secret"}, "STILL_KEY_SECRET: "),
+        ({"STILL_METRICS_KEY": "short-secret"}, "STILL_METRICS_KEY: "),
+        ({"STILL_OTEL_ENDPOINT": "collector"}, "STILL_OTEL_ENDPOINT must begin"),
+        (TEAM, "team mode needs STILL_API_KEY"),
+        (
+            {**TEAM, "STILL_API_KEY": "x" * 16, "STILL_BROKER_URL": "amqp://u:short-secret@h"},
+            "STILL_BROKER_URL must begin with redis://",
+        ),
+        (
+            {**TEAM, "STILL_API_KEY": "x" * 16, "STILL_DATABASE_URL": "sqlite:///x.db"},
+            "needs STILL_DATABASE_URL to name a PostgreSQL database",
+        ),
     ],
 )
 def test_bad_settings_are_one_line_and_status_2(

@@ -302,6 +302,7 @@ ROUTES: list[tuple[str, str, Route]] = [
     ("GET", r"/v1/jobs/(\w+)/events", stream),
     ("GET", r"/v1/jobs/\w+/metrics", lambda h, _: h.send_json({"metrics": h.world.metrics})),
     ("GET", r"/v1/jobs/(\w+)/artifacts", list_outputs),
+    ("GET", r"/v1/jobs/\w+/checkpoints", lambda h, _: h.send_json({"items": []})),
     ("GET", r"/v1/artifacts/(\w+)/content", content),
     ("POST", "/v1/uploads", open_upload),
     ("GET", r"/v1/uploads/(\w+)", lambda h, found: show_upload(h, found[1])),

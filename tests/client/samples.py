@@ -59,6 +59,9 @@ def job_view(**changes: Any) -> dict[str, Any]:
         "created_at": "2026-01-02T03:04:05Z",
         "started_at": None,
         "finished_at": None,
+        "deadline_at": None,
+        "retry_of": None,
+        "submitted_by": "local",
         "progress": {
             "done": 3.0,
             "total": 3,
@@ -69,6 +72,7 @@ def job_view(**changes: Any) -> dict[str, Any]:
         },
         "queue_position": None,
         "waits_for": None,
+        "predicted_start_at": None,
         "error": None,
         "attempts": 3,
         "device_seconds": 0.5,

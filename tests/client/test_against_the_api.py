@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,46 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from client import ApiError, Retry, Stillroom, StillroomError
+from client import ApiError, Retry, Stillroom
+from tests.client.service import Service, still
 
 PAIRS = Path(__file__).parents[2] / "examples" / "wordnet" / "embeddings.npz"
 ECHO = {"kind": "echo", "text": "hello"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-class Service:
-    """``still up`` in its own process, which may be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "client", "up", "--port", str(self.port)]
-        command += ["--data-dir", str(self.folder / "data"), "--devices", "cpu", "--threads", "1"]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        with Stillroom(self.url) as client:
-            for _ in range(300):
-                try:
-                    client.ready()
-                except StillroomError:
-                    assert self.process.poll() is None, (self.folder / "log").read_text()
-                    time.sleep(0.1)
-                else:
-                    return
-        raise AssertionError((self.folder / "log").read_text())
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +33,6 @@ def client(service: Service, tmp_path: Path) -> Iterator[Stillroom]:
     retry = Retry(limit_s=30, contact_s=10, first_s=0.05, most_s=0.5)
     with Stillroom(service.url, retry=retry, cache_dir=tmp_path / "cache") as client:
         yield client
-
-
-def still(service: Service, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "client", "--url", service.url, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_job_is_submitted_watched_and_fetched(

@@ -5,8 +5,9 @@ const place = document.getElementById("curves"), job = place.dataset.job;
 const bar = document.getElementById("bar"), told = document.getElementById("told");
 const log = document.getElementById("events");
 const LAST = ["job.succeeded", "job.failed", "job.cancelled"];
-const TYPES = ["job.submitted", "job.queued", "job.planned", "job.started", "job.cancelling",
-  "chunk.done", "chunk.failed", "chunk.released", ...LAST];
+const TYPES = ["job.submitted", "job.planned", "job.took_over", "job.started", "job.changed", "job.pausing", "job.paused",
+  "job.unpaused", "job.resumed", "job.cancelling", "chunk.done", "chunk.failed", "chunk.handed_back", "chunk.cancelled",
+  "node.excluded", ...LAST];
 
 function lasting(seconds) {
   if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
@@ -16,6 +17,7 @@ function lasting(seconds) {
 
 function showProgress(now) {
   bar.value = now.fraction;
+  if (now.waits_for) refreshSoon();
   if (now.total === null) return;
   const parts = [`${(now.fraction * 100).toFixed(1)} %`, `${Math.floor(now.done * 10) / 10} of ${now.total} chunks`];
   if (now.stage) parts.push(now.stage);

@@ -47,9 +47,12 @@ def tiny_pairs(rows: int = 120, dim: int = 16, seed: int = 0) -> Pairs:
 class World:
     """A database, a store and a runner, without HTTP."""
 
-    def __init__(self, engine: Engine, folder: Path, clock: Clock) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, clock: Any, *, store: LocalStore | None = None
+    ) -> None:
         self.engine, self.clock, self.folder = engine, clock, folder
-        self.store = LocalStore(folder / "store")
+        self.store = store or LocalStore(folder / "store")
+        self.keep = "best_and_latest"
         self.runner: Runner = make_runner(engine, self.store, clock, folder)
 
     def upload(self, pairs: Pairs) -> str:
@@ -59,7 +62,7 @@ class World:
         return uploaded(self.engine, blob, self.clock, format_name="pairs", meta=pairs.meta())
 
     def submit(self, **spec: Any) -> str:
-        return submit(self.engine, self.clock, **spec)
+        return submit(self.engine, self.clock, keep_checkpoints=self.keep, **spec)
 
     def run(self) -> None:
         while self.runner.run_one():

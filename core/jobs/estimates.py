@@ -1,0 +1,221 @@
+"""What a job would cost and when it would start: it is submitted on trial, looked at, taken back.
+
+So an estimate passes the very checks of a submission, and leaves nothing behind.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from core.db.models import CacheEntry, Chunk, Job, JobInput, Output, Worker
+from core.jobs import planning, pool, service, waiting
+from core.jobs.shares import Fairness
+from core.jobs.states import ChunkState, JobState
+from core.specs.base import JobSpec, inputs_of
+
+HISTORY = 5
+"""Finished jobs of a kind, the latest, whose chunks are timed."""
+TWINS = 50
+"""Finished jobs of a kind, the latest, among which the same work is sought."""
+ABOUT_THE_JOB = frozenset(
+    {"name", "priority", "labels", "deadline_s", "keep_checkpoints", "stall_limit_s"}
+)
+"""Fields of a spec that change nothing about what is computed."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """Chunks that run alike."""
+
+    name: str
+    chunks: int
+    chained: bool
+    device: str | None
+    """``cpu`` or ``gpu``; null: either."""
+    memory_bytes: int
+    seconds_per_chunk: float | None
+    """Of finished jobs of the kind; null: none of them timed such a stage."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a job before it is submitted; null where nothing is."""
+
+    stages: Sequence[StageEstimate] | None
+    chunks: int | None
+    memory_bytes: int | None
+    """The most that any chunk asks of its device."""
+    device_seconds: float | None
+    device_seconds_from: str
+    """What that rests on, or why there is none."""
+    cache_hits: int | None
+    cache_hits_from: str
+    can_run: bool
+    """Whether live workers could run every stage."""
+    why_not: str | None
+    waits_for: str | None
+    queue_position: int | None
+    predicted_start_at: datetime | None
+
+
+def estimate(
+    session: Session, spec: JobSpec, *, project: str, by: str, now: datetime, fairness: Fairness
+) -> Estimate:
+    """Return what a job would cost and when it would start.
+
+    Raises:
+        SpecInvalid, QuotaExceeded: as `service.submit` does.
+    """
+    with session.begin_nested() as trial:
+        job = service.submit(session, spec, project=project, by=by, now=now)
+        found = _look(session, job, now=now, fairness=fairness)
+        trial.rollback()
+    return found
+
+
+def _look(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> Estimate:
+    workers = pool.usable(session, now=now)
+    ahead = waiting.ahead(session, job, now=now, fairness=fairness)
+    hits, hits_from = _cache_hits(session, job)
+    facts: dict[str, Any] = {
+        "cache_hits": hits,
+        "cache_hits_from": hits_from,
+        "waits_for": ahead.why,
+        "queue_position": ahead.place,
+        "predicted_start_at": ahead.starts_at,
+    }
+    if job.chunks is None:
+        why_not = _why_not(workers, job.spec["device"])
+        unplanned = "its chunks are known once the jobs it waits for are done"
+        return Estimate(
+            stages=None,
+            chunks=None,
+            memory_bytes=None,
+            device_seconds=None,
+            device_seconds_from=unplanned,
+            can_run=why_not is None,
+            why_not=why_not,
+            **facts,
+        )
+    stages, jobs = _stages(session, job)
+    seconds = _device_seconds(stages)
+    blocked = [why for stage in stages if (why := _stage_why_not(workers, stage))]
+    return Estimate(
+        stages=stages,
+        chunks=job.chunks,
+        memory_bytes=max(stage.memory_bytes for stage in stages),
+        device_seconds=seconds,
+        device_seconds_from=_told(job.kind, jobs, known=seconds is not None),
+        can_run=not blocked,
+        why_not=blocked[0] if blocked else None,
+        **facts,
+    )
+
+
+def _stages(session: Session, job: Job) -> tuple[list[StageEstimate], int]:
+    """Return the stages as planned, and how many finished jobs their times come from."""
+    latest = (
+        select(Job.id)
+        .where(Job.kind == job.kind, Job.state == JobState.SUCCEEDED.value)
+        .order_by(Job.created_at.desc())
+        .limit(HISTORY)
+    )
+    before = session.scalars(latest).all()
+    # What a retry took over was not run: no attempt, no time.
+    timed = (
+        select(Chunk.stage, func.avg(Chunk.seconds))
+        .where(Chunk.job_id.in_(before), Chunk.state == ChunkState.DONE, Chunk.attempt > 0)
+        .group_by(Chunk.stage)
+    )
+    seconds = {stage: float(mean) for stage, mean in session.execute(timed)}
+    planned = (
+        select(Chunk.stage, func.count(), Chunk.chained, Chunk.device, func.max(Chunk.memory_bytes))
+        .where(Chunk.job_id == job.id)
+        .group_by(Chunk.stage_index, Chunk.stage, Chunk.chained, Chunk.device)
+        .order_by(Chunk.stage_index)
+    )
+    rows = session.execute(planned).all()
+    return [
+        StageEstimate(name, chunks, chained, device, memory, seconds.get(name))
+        for name, chunks, chained, device, memory in rows
+    ], len(before)
+
+
+def _device_seconds(stages: Sequence[StageEstimate]) -> float | None:
+    """Return the device time of all chunks; None where one stage was never timed."""
+    total = 0.0
+    for stage in stages:
+        if stage.seconds_per_chunk is None:
+            return None
+        total += stage.chunks * stage.seconds_per_chunk
+    return total
+
+
+def _told(kind: str, jobs: int, *, known: bool) -> str:
+    if known:
+        return f"chunks are taken to last as those of the latest {jobs} {kind} job(s) did"
+    if jobs:
+        return f"not every stage was timed in the latest {jobs} {kind} job(s)"
+    return f"no {kind} job has succeeded yet"
+
+
+def _stage_why_not(workers: Sequence[Worker], stage: StageEstimate) -> str | None:
+    return _why_not(workers, stage.device, stage.memory_bytes, of=f"stage {stage.name} ")
+
+
+def _why_not(
+    workers: Sequence[Worker], device: str | None, memory_bytes: int = 0, *, of: str = ""
+) -> str | None:
+    """Return why no live worker can ever run such a chunk; None where one can."""
+    if not workers:
+        return "no worker is alive"
+    same = [w.memory_bytes for w in workers if device in (None, "any", w.kind)]
+    if not same:
+        return f"{of}needs a {device}; no live worker has one"
+    if memory_bytes <= max(same):
+        return None
+    asked, most = memory_bytes / GIB, max(same) / GIB
+    return f"{of}needs {asked:.2f} GiB of device memory; the largest live worker has {most:.2f} GiB"
+
+
+def _cache_hits(session: Session, job: Job) -> tuple[int | None, str]:
+    """Return how many files the cache still holds of the same work done before in this project.
+
+    The keys themselves are made of the bytes that a chunk reads, so they are known only when it
+    runs.
+    """
+    if job.chunks is None:
+        return None, "known once the jobs it waits for are done"
+    twins = (
+        select(Job)
+        .where(
+            Job.project_id == job.project_id,
+            Job.kind == job.kind,
+            Job.state == JobState.SUCCEEDED.value,
+        )
+        .order_by(Job.created_at.desc())
+        .limit(TWINS)
+    )
+    inputs = _inputs(session, job)
+    for twin in session.scalars(twins):
+        if _work(twin) == _work(job) and _inputs(session, twin) == inputs:
+            kept = select(CacheEntry.key).where(CacheEntry.sha256 == Output.sha256).exists()
+            query = select(func.count()).select_from(Output).where(Output.job_id == twin.id, kept)
+            return session.scalar(query) or 0, f"{twin.id} did the same work"
+    return None, "no earlier job did exactly this; what parts of it are cached shows when it runs"
+
+
+def _work(job: Job) -> dict[str, Any]:
+    """Return what a spec asks to be computed, without what it reads: that is compared by hash."""
+    left_out = ABOUT_THE_JOB | inputs_of(planning.kind_of(job).spec).keys()
+    return {field: value for field, value in job.spec.items() if field not in left_out}
+
+
+def _inputs(session: Session, job: Job) -> dict[str, str | None]:
+    query = select(JobInput.field, JobInput.sha256).where(JobInput.job_id == job.id)
+    return dict(session.execute(query).all())

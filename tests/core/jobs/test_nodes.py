@@ -1,0 +1,98 @@
+"""A place where chunks fail that succeed elsewhere takes no more of them."""
+
+import pytest
+from sqlalchemy import Engine, select
+
+from core.db.models import Event
+from core.db.session import reading, transaction
+from core.errors import NotFound, SpecInvalid
+from core.jobs import pool
+from tests.conftest import Clock
+from tests.core.jobs.acts import crash, node, within, worker
+from tests.life import claim, finish, release, submit, try_claim
+
+
+def _fails_here_and_succeeds_there(engine: Engine, clock: Clock) -> None:
+    submit(engine, clock)
+    crash(engine, claim(engine, clock, "bad"), clock)
+    finish(engine, claim(engine, clock, "good"), clock)
+
+
+def test_a_node_is_excluded_after_three_chunks_that_succeed_elsewhere(
+    engine: Engine, clock: Clock
+) -> None:
+    for name in ("bad", "good"):
+        worker(engine, clock, name)
+    for count in (1, 2):
+        _fails_here_and_succeeds_there(engine, clock)
+        assert (node(engine, "host:bad").state, node(engine, "host:bad").blamed) == (
+            "active",
+            count,
+        )
+    _fails_here_and_succeeds_there(engine, clock)
+
+    bad = node(engine, "host:bad")
+    assert (bad.state, bad.note) == (
+        "excluded",
+        "3 chunks in a row failed here and succeeded elsewhere",
+    )
+    submit(engine, clock)
+    assert try_claim(engine, clock, "bad") is None
+    assert try_claim(engine, clock, "good") is not None
+    with reading(engine) as session:
+        told = session.scalars(select(Event.data).where(Event.type == "node.excluded")).all()
+    assert told == [{"node": "host:bad"}]
+    within(engine, pool.set_node_state, "host:bad", pool.ACTIVE, note=None, now=clock())
+    assert (node(engine, "host:bad").note, node(engine, "host:bad").blamed) == (None, 0)
+
+
+def test_a_success_and_a_chunk_that_fails_everywhere_speak_for_a_node(
+    engine: Engine, clock: Clock
+) -> None:
+    for name in ("bad", "good"):
+        worker(engine, clock, name)
+    for _ in range(3):
+        for _ in range(2):
+            _fails_here_and_succeeds_there(engine, clock)
+        submit(engine, clock)
+        finish(engine, claim(engine, clock, "bad"), clock)
+        assert node(engine, "host:bad").blamed == 0
+    for _ in range(3):
+        submit(engine, clock)
+        for name in ("bad", "good", "bad"):
+            crash(engine, claim(engine, clock, name), clock)
+    assert (node(engine, "host:bad").state, node(engine, "host:bad").blamed) == ("active", 0)
+
+
+def test_a_worker_that_dies_speaks_against_its_node(engine: Engine, clock: Clock) -> None:
+    for name in ("bad", "good"):
+        worker(engine, clock, name)
+    for _ in range(3):
+        submit(engine, clock)
+        claim(engine, clock, "bad")
+        clock.tick(seconds=30)
+        assert release(engine, clock) == 1
+        finish(engine, claim(engine, clock, "good"), clock)
+
+    assert node(engine, "host:bad").state == "excluded"
+
+
+def test_draining_is_kept_whatever_a_node_does(engine: Engine, clock: Clock) -> None:
+    for name in ("bad", "good"):
+        worker(engine, clock, name)
+    for _ in range(2):
+        _fails_here_and_succeeds_there(engine, clock)
+    submit(engine, clock)
+    held = claim(engine, clock, "bad")
+    within(engine, pool.set_node_state, "host:bad", pool.DRAINING, note="for repair", now=clock())
+    crash(engine, held, clock)
+    finish(engine, claim(engine, clock, "good"), clock)
+
+    assert (node(engine, "host:bad").state, node(engine, "host:bad").note) == (
+        "draining",
+        "for repair",
+    )
+    with pytest.raises(NotFound), transaction(engine) as session:
+        pool.set_node_state(session, "host:no", pool.DRAINING, note=None, now=clock())
+    with pytest.raises(SpecInvalid, match="no node state 'off'"), transaction(engine) as session:
+        pool.set_node_state(session, "host:bad", "off", note=None, now=clock())
