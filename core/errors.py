@@ -125,6 +125,10 @@ class WorkerLost(StillroomError):
     attempts = 5
 
 
+class PlanFailed(StillroomError):
+    """A kind could not cut its job into chunks, for a reason that nobody foresaw."""
+
+
 class Stalled(StillroomError):
     """The chunk reported no progress for its stall limit, so its process was ended."""
 

@@ -173,6 +173,7 @@ def retry(
 
     def go_on(old: Job) -> None:
         projects.check_queue(session, old.project_id)
+        projects.check_storage(session, old.project_id)
         made[old.id] = _again(session, old, made, by=by, now=now, trace=trace)
 
     go_on(job)

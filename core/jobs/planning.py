@@ -1,6 +1,7 @@
 """From a spec whose inputs exist to chunks: resolve references, ask the kind, insert rows."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,12 +10,20 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Artifact, Chunk, Job, JobInput, Output
-from core.errors import Conflict, NotFound, SpecInvalid, StillroomError, UpstreamFailed
+from core.errors import (
+    Conflict,
+    NotFound,
+    PlanFailed,
+    SpecInvalid,
+    StillroomError,
+    UpstreamFailed,
+)
 from core.jobs import events, lineage, shares
 from core.jobs.states import OPEN_CHUNKS, RUNNING_CHUNK, TERMINAL, ChunkState, JobState, move
 from core.kinds._base import Input, Kind, Stage, kinds
 from core.specs.base import SHA256, JobSpec, Reads, inputs_of
 
+log = logging.getLogger(__name__)
 CHUNKS_LIMIT = 200_000
 
 
@@ -111,9 +120,7 @@ def job_inputs(session: Session, job_id: str) -> dict[str, Input]:
 
 def plan(session: Session, job: Job, spec: JobSpec, *, now: datetime) -> None:
     """Insert the chunks of a job whose inputs all exist, and queue it."""
-    stages = [
-        stage for stage in kind_of(job).stages(spec, job_inputs(session, job.id)) if stage.chunks
-    ]
+    stages = _stages(job, spec, job_inputs(session, job.id))
     total = sum(stage.chunks for stage in stages)
     if not 1 <= total <= CHUNKS_LIMIT:
         raise SpecInvalid(f"the job would have {total} chunks; allowed: 1 to {CHUNKS_LIMIT}")
@@ -181,6 +188,17 @@ def on_succeeded(session: Session, job: Job, *, now: datetime) -> bool:
         elif waiter.state == JobState.WAITING:
             plan_if_whole(session, waiter, now=now)
     return bool(waiting)
+
+
+def _stages(job: Job, spec: JobSpec, inputs: Mapping[str, Input]) -> list[Stage]:
+    """Ask the kind for its stages; what it did not foresee ends this job and no other."""
+    try:
+        return [stage for stage in kind_of(job).stages(spec, inputs) if stage.chunks]
+    except StillroomError:
+        raise
+    except Exception as error:
+        log.exception("the kind %s could not plan job %s", job.kind, job.id)
+        raise PlanFailed(f"kind {job.kind}: {type(error).__name__}: {error}") from error
 
 
 def plan_if_whole(session: Session, job: Job, *, now: datetime) -> None:

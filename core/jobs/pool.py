@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Node, Worker
@@ -15,6 +15,8 @@ ALIVE_FOR = timedelta(seconds=20)
 FORGOTTEN_AFTER = timedelta(days=1)
 ACTIVE, DRAINING, EXCLUDED = "active", "draining", "excluded"
 NODE_STATES = (ACTIVE, DRAINING, EXCLUDED)
+EXCLUDED_FOR = timedelta(hours=1)
+"""Then it gets another chance: one chunk more that fails there alone excludes it again."""
 BLAME_LIMIT = 3
 """Chunks that failed at a node and then succeeded at another, in a row, that exclude it."""
 
@@ -52,7 +54,11 @@ def hello(session: Session, worker_id: str, *, place: Place, now: datetime) -> N
         "started_at": now,
         "seen_at": now,
     }
-    insert_new(session, Worker, values)
+    if not insert_new(session, Worker, values):
+        # In a container every process is number 1: the same name, perhaps another machine.
+        offers = ("node_id", "device", "kind", "memory_bytes", "threads")
+        now_offered = {name: values[name] for name in offers}
+        session.execute(update(Worker).where(Worker.id == worker_id).values(**now_offered))
 
 
 def seen(session: Session, worker_id: str, *, now: datetime) -> None:
@@ -132,9 +138,26 @@ def blame(session: Session, node_id: str, *, now: datetime) -> bool:
     return True
 
 
+def to_readmit(session: Session, *, now: datetime) -> Sequence[str]:
+    """Return the nodes that have been excluded for long enough."""
+    long_ago = (Node.state == EXCLUDED, Node.updated_at < now - EXCLUDED_FOR)
+    return session.scalars(select(Node.id).where(*long_ago).order_by(Node.id)).all()
+
+
+def readmit(session: Session, node_id: str, *, now: datetime) -> bool:
+    """Use an excluded node again, on probation; return whether it was still excluded."""
+    node = session.get_one(Node, node_id, with_for_update=True)
+    if node.state != EXCLUDED:
+        return False
+    node.state, node.updated_at = ACTIVE, now
+    node.note, node.blamed = "was excluded; on probation", BLAME_LIMIT - 1
+    return True
+
+
 def absolve(session: Session, node_id: str) -> None:
     """Forget the blame of a node: a chunk succeeded there."""
     blamed = select(Node).where(Node.id == node_id, Node.blamed > 0).with_for_update()
     node = session.scalar(blamed)
     if node is not None:
         node.blamed = 0
+        node.note = node.note if node.state != ACTIVE else None

@@ -3,12 +3,15 @@
 Any number of processes may do this at once: each duty looks again under the job's lock.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from sqlalchemy import Engine, Select, func, or_, select
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, Worker
@@ -19,6 +22,9 @@ from core.jobs.lease import Rules
 from core.jobs.scheduler import IN_QUEUE
 from core.jobs.states import READY_CHUNK, RUNNING_CHUNK, TERMINAL, ChunkState
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -28,6 +34,8 @@ class Tally:
     """Chunks taken back from workers that stopped renewing."""
     overdue: int
     """Jobs whose deadline had passed."""
+    readmitted: int
+    """Nodes that may run chunks again."""
 
 
 def tick(engine: Engine, *, now: datetime, rules: Rules) -> Tally:
@@ -35,6 +43,7 @@ def tick(engine: Engine, *, now: datetime, rules: Rules) -> Tally:
     return Tally(
         released=release_expired(engine, now=now, rules=rules),
         overdue=fail_overdue(engine, now=now, rules=rules),
+        readmitted=readmit(engine, now=now),
     )
 
 
@@ -56,11 +65,17 @@ def release_expired(engine: Engine, *, now: datetime, rules: Rules) -> int:
     return _each(engine, expired, lambda session, one: _release(session, one, now=now, rules=rules))
 
 
-def _each(engine: Engine, ids: Sequence[int], work: Callable[[Session, int], bool]) -> int:
+def _each(engine: Engine, ids: Sequence[T], work: Callable[[Session, T], bool]) -> int:
+    """Do each in its own transaction; what nobody foresaw of one does not keep the others."""
     done = 0
     for one in ids:
-        with transaction(engine) as session:
-            done += work(session, one)
+        try:
+            with transaction(engine) as session:
+                done += work(session, one)
+        except (OperationalError, InterfaceError):
+            raise  # the database is away: so it will be for the others
+        except Exception:
+            log.exception("the reconciler failed at %s", one)
     return done
 
 
@@ -110,17 +125,28 @@ def fail_overdue(engine: Engine, *, now: datetime, rules: Rules) -> int:
     )
     with reading(engine) as session:
         ids = session.scalars(overdue.order_by(Job.id)).all()
-    failed = 0
-    for job_id in ids:
-        with transaction(engine) as session:
-            job = session.get_one(Job, job_id, with_for_update=True)
-            if job.state not in TERMINAL:
-                late = DeadlinePassed(f"not done by its deadline, {job.deadline_at:%F %T} UTC")
-                seconds = planning.fail(session, job, late, now=now)
-                owner, fairness = job.project_id, rules.fairness
-                shares.charge(session, owner, seconds, now=now, fairness=fairness)
-                failed += 1
-    return failed
+
+    def end(session: Session, job_id: str) -> bool:
+        job = session.get_one(Job, job_id, with_for_update=True)
+        if job.state in TERMINAL:
+            return False
+        late = DeadlinePassed(f"not done by its deadline, {job.deadline_at:%F %T} UTC")
+        seconds = planning.fail(session, job, late, now=now)
+        shares.charge(session, job.project_id, seconds, now=now, fairness=rules.fairness)
+        return True
+
+    return _each(engine, ids, end)
+
+
+def readmit(engine: Engine, *, now: datetime) -> int:
+    """Give nodes that were excluded long ago another chance."""
+    with reading(engine) as session:
+        ids = pool.to_readmit(session, now=now)
+
+    def again(session: Session, node_id: str) -> bool:
+        return pool.readmit(session, node_id, now=now)
+
+    return _each(engine, ids, again)
 
 
 def ready_pools(session: Session, *, now: datetime) -> dict[str, int]:

@@ -173,6 +173,23 @@ def test_a_chunk_that_fails_for_good_while_its_job_pauses_fails_it(
         finish(engine, other, clock)
 
 
+def test_a_cancelled_job_ends_cancelled_whatever_its_chunks_raise(
+    engine: Engine, clock: Clock
+) -> None:
+    job_id = fanned(engine, clock)
+    one, two, three = (claim(engine, clock, f"w{number}") for number in range(3))
+    cancel(engine, job_id, clock)
+
+    give_up(engine, one, OutOfMemory("no"), clock)
+    crash(engine, two, clock)
+    assert state(engine, job_id) == "cancelling"
+    assert chunk_states(engine, job_id)[:2] == ["cancelled", "cancelled"]
+    finish(engine, three, clock)
+
+    job = job_of(engine, job_id)
+    assert (job.state, job.error) == ("cancelled", None)
+
+
 def test_a_paused_job_gets_its_input_and_waits_on(engine: Engine, clock: Clock) -> None:
     upstream = fit(engine, clock)
     early, late = (

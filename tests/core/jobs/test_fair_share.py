@@ -4,6 +4,7 @@ import heapq
 import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.conftest import Clock
 from tests.core.jobs.acts import (
     copies,
     fanned,
+    hand_back,
     project,
     set_chunks,
     used,
@@ -145,17 +147,22 @@ def test_a_running_limit_is_never_passed(engine: Engine, clock: Clock) -> None:
 
 
 def test_claims_at_once_keep_the_limit(engine: Engine, clock: Clock) -> None:
-    small = project(engine, clock, "small", running_limit=3)
-    copies(engine, submit(engine, clock, project=small), 11)
+    """Of workers that would take different jobs, so that no lock on a job keeps them apart."""
+    small = project(engine, clock, "small", running_limit=1)
+    for device in ("cpu", "gpu"):
+        submit(engine, clock, project=small, device=device)
+    places = [place("host:a", "cpu"), place("host:b", "cuda:0")]
+    start = Barrier(2)
 
-    def some(owner: int) -> list[Claim]:
-        tries = [try_claim(engine, clock, f"w{owner}") for _ in range(3)]
-        return [one for one in tries if one is not None]
+    def one(at: Place) -> Claim | None:
+        start.wait()
+        return try_claim(engine, clock, at.node, at=at)
 
-    with ThreadPoolExecutor(4) as threads:
-        found = [one for mine in threads.map(some, range(4)) for one in mine]
-
-    assert len({one.chunk_id for one in found}) == len(found) == 3
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(8):
+            found = [claimed for claimed in threads.map(one, places) if claimed is not None]
+            assert len(found) == 1
+            hand_back(engine, found[0], clock)
 
 
 def test_a_project_at_its_limit_of_jobs_is_refused(engine: Engine, clock: Clock) -> None:

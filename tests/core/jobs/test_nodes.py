@@ -6,10 +6,10 @@ from sqlalchemy import Engine, select
 from core.db.models import Event
 from core.db.session import reading, transaction
 from core.errors import NotFound, SpecInvalid
-from core.jobs import pool
+from core.jobs import pool, recovery
 from tests.conftest import Clock
 from tests.core.jobs.acts import crash, node, within, worker
-from tests.life import claim, finish, release, submit, try_claim
+from tests.life import claim, finish, place, release, submit, try_claim
 
 
 def _fails_here_and_succeeds_there(engine: Engine, clock: Clock) -> None:
@@ -96,3 +96,29 @@ def test_draining_is_kept_whatever_a_node_does(engine: Engine, clock: Clock) -> 
         pool.set_node_state(session, "host:no", pool.DRAINING, note=None, now=clock())
     with pytest.raises(SpecInvalid, match="no node state 'off'"), transaction(engine) as session:
         pool.set_node_state(session, "host:bad", "off", note=None, now=clock())
+
+
+def test_an_excluded_node_gets_another_chance_after_an_hour(engine: Engine, clock: Clock) -> None:
+    with transaction(engine) as session:
+        pool.hello(session, "w1", place=place("host:bad"), now=clock())
+        pool.set_node_state(session, "host:bad", pool.EXCLUDED, note="bad", now=clock())
+
+    assert recovery.readmit(engine, now=clock()) == 0
+    clock.tick(hours=1, seconds=1)
+    assert [recovery.readmit(engine, now=clock()) for _ in range(2)] == [1, 0]
+
+    with transaction(engine) as session:
+        assert pool.node_state(session, "host:bad") == pool.ACTIVE
+        assert pool.blame(session, "host:bad", now=clock()), "one failure more excludes it again"
+
+
+def test_a_worker_of_the_same_name_may_offer_something_else(engine: Engine, clock: Clock) -> None:
+    for device, memory in (("cpu", 1), ("cuda:0", 2)):
+        with transaction(engine) as session:
+            there = place(f"host:{device}", device, memory)
+            pool.hello(session, "host:1", place=there, now=clock())
+
+    with reading(engine) as session:
+        [(worker, alive)] = pool.workers(session, now=clock())
+    assert alive
+    assert (worker.kind, worker.memory_bytes, worker.node_id) == ("gpu", 2, "host:cuda:0")

@@ -74,6 +74,15 @@ def test_without_scores_the_latest_alone_is_kept(engine: Engine, clock: Clock) -
     assert outputs_of(engine, job_id) == [name(3)]
 
 
+def test_the_latest_stays_though_the_last_chunk_leaves_none(engine: Engine, clock: Clock) -> None:
+    job_id = submit(engine, clock, times=3)
+    train(engine, clock, [None, None])
+    finish(engine, claim(engine, clock), clock, some_file(name(9)))
+
+    assert state(engine, job_id) == "succeeded"
+    assert outputs_of(engine, job_id) == [name(2)]
+
+
 def test_a_chunk_without_a_score_does_not_cost_the_best(engine: Engine, clock: Clock) -> None:
     job_id = submit(engine, clock, times=9)
     train(engine, clock, [0.1, 0.9, None, None])
@@ -248,8 +257,8 @@ def test_a_file_that_is_made_again_is_not_swept(
     sha256 = stored(store, clock, "again and again")
     made = replace(a_file("state", 0), sha256=sha256)
     finish(engine, claim(engine, clock), clock, made)
-    finish(engine, claim(engine, clock), clock)
-    assert outputs_of(engine, job_id) == []
+    finish(engine, claim(engine, clock), clock, a_file("state", 7))
+    assert outputs_of(engine, job_id) == [name(7)]
     clock.tick(days=1)
     stored(store, clock, "again and again")
 
