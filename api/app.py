@@ -112,6 +112,8 @@ def create_app(
         docs_url=None,  # the framework's pages load scripts from elsewhere; ours is api/pages
         redoc_url=None,
         openapi_url=None,  # api/pages serves it too, by the same rules as every route
+        # The framework's own would export messages and addresses; core/tracing says what we tell.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         dependencies=[
             Depends(HTTPBearer(auto_error=False, description=BEARER)),
             Depends(known_query),

@@ -78,7 +78,9 @@ class JobView(View):
     )
     priority: int
     labels: dict[str, str]
-    spec: dict[str, Any] = Field(description="The spec in force, defaults filled in.")
+    spec: dict[str, Any] = Field(
+        description="As submitted, defaults filled in; priority and name may have changed since."
+    )
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -38,7 +38,7 @@ class StageEstimate:
     device: str | None
     """``cpu`` or ``gpu``; null: either."""
     memory_bytes: int
-    seconds_per_chunk: float | None
+    seconds_per_chunk: float | None = None
     """Of finished jobs of the kind; null: none of them timed such a stage."""
 
 
@@ -79,7 +79,6 @@ def estimate(
 
 
 def _look(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> Estimate:
-    workers = pool.usable(session, now=now)
     ahead = waiting.ahead(session, job, now=now, fairness=fairness)
     hits, hits_from = _cache_hits(session, job)
     facts: dict[str, Any] = {
@@ -90,7 +89,9 @@ def _look(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> E
         "predicted_start_at": ahead.starts_at,
     }
     if job.chunks is None:
-        why_not = _why_not(workers, job.spec["device"])
+        device = None if job.spec["device"] == "any" else job.spec["device"]
+        some = StageEstimate("", 1, chained=False, device=device, memory_bytes=0)
+        why_not = _why_not(session, [some], now=now)
         unplanned = "its chunks are known once the jobs it waits for are done"
         return Estimate(
             stages=None,
@@ -104,15 +105,15 @@ def _look(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> E
         )
     stages, jobs = _stages(session, job)
     seconds = _device_seconds(stages)
-    blocked = [why for stage in stages if (why := _stage_why_not(workers, stage))]
+    why_not = _why_not(session, stages, now=now)
     return Estimate(
         stages=stages,
         chunks=job.chunks,
         memory_bytes=max(stage.memory_bytes for stage in stages),
         device_seconds=seconds,
         device_seconds_from=_told(job.kind, jobs, known=seconds is not None),
-        can_run=not blocked,
-        why_not=blocked[0] if blocked else None,
+        can_run=why_not is None,
+        why_not=why_not,
         **facts,
     )
 
@@ -164,23 +165,31 @@ def _told(kind: str, jobs: int, *, known: bool) -> str:
     return f"no {kind} job has succeeded yet"
 
 
-def _stage_why_not(workers: Sequence[Worker], stage: StageEstimate) -> str | None:
-    return _why_not(workers, stage.device, stage.memory_bytes, of=f"stage {stage.name} ")
+def _why_not(session: Session, stages: Sequence[StageEstimate], *, now: datetime) -> str | None:
+    """Return why live workers could never run one of the stages; None where they could."""
+    usable = pool.usable(session, now=now)
+    live = [worker for worker, alive in pool.workers(session, now=now) if alive]
+    for stage in stages:
+        if any(_fits(worker, stage) for worker in usable):
+            continue
+        if not live:
+            return "no worker is alive"
+        told = f"stage {stage.name} " if stage.name else ""
+        if any(_fits(worker, stage) for worker in live):
+            return f"{told}has only workers on nodes that drain or are excluded"
+        same = [w.memory_bytes for w in live if stage.device in (None, w.kind)]
+        if not same:
+            return f"{told}needs a {stage.device}; no live worker has one"
+        asked, most = stage.memory_bytes / GIB, max(same) / GIB
+        return (
+            f"{told}needs {asked:.2f} GiB of device memory; "
+            f"the largest live worker has {most:.2f} GiB"
+        )
+    return None
 
 
-def _why_not(
-    workers: Sequence[Worker], device: str | None, memory_bytes: int = 0, *, of: str = ""
-) -> str | None:
-    """Return why no live worker can ever run such a chunk; None where one can."""
-    if not workers:
-        return "no worker is alive"
-    same = [w.memory_bytes for w in workers if device in (None, "any", w.kind)]
-    if not same:
-        return f"{of}needs a {device}; no live worker has one"
-    if memory_bytes <= max(same):
-        return None
-    asked, most = memory_bytes / GIB, max(same) / GIB
-    return f"{of}needs {asked:.2f} GiB of device memory; the largest live worker has {most:.2f} GiB"
+def _fits(worker: Worker, stage: StageEstimate) -> bool:
+    return stage.device in (None, worker.kind) and stage.memory_bytes <= worker.memory_bytes
 
 
 def _cache_hits(session: Session, job: Job) -> tuple[int | None, str]:

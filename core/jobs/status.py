@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import BindParameter, bindparam, func, select
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, Output
@@ -13,6 +13,26 @@ from core.jobs.shares import Fairness
 from core.jobs.states import RUNNING_CHUNK, TERMINAL, JobState
 
 QUEUED_WORDS = "in the queue"
+MAY_RUN = frozenset({JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING})
+# Built once: making a statement costs as much as running it, and every poll of a job runs these.
+_IDS: BindParameter[str] = bindparam("ids", expanding=True)
+_PARTS = (
+    select(Chunk.job_id, func.sum(Chunk.progress))
+    .where(Chunk.job_id.in_(_IDS), Chunk.state == RUNNING_CHUNK)
+    .group_by(Chunk.job_id)
+)
+_INPUTS = select(
+    JobInput.job_id,
+    JobInput.field,
+    JobInput.sha256,
+    JobInput.upstream_id,
+    JobInput.upstream_output,
+).where(JobInput.job_id.in_(_IDS))
+_ARTIFACTS = (
+    select(Output.job_id, Output.name, Output.sha256)
+    .where(Output.job_id.in_(_IDS), Output.role == "artifact")
+    .order_by(Output.chunk_id)
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,7 @@ class JobStatus:
 def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[JobStatus]:
     """Return the status of each job, in order; why one waits only in short."""
     ids = [job.id for job in jobs]
-    parts = _parts(session, ids)
+    parts = _parts(session, [job.id for job in jobs if job.state in MAY_RUN])
     inputs = _inputs(session, ids)
     artifacts = _artifacts(session, ids)
     upstream = waiting.upstream(session, jobs)
@@ -77,33 +97,21 @@ def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairnes
 
 def _parts(session: Session, ids: Sequence[str]) -> dict[str, float]:
     """Return how much of the running chunks is done, in chunks, by job."""
-    query = (
-        select(Chunk.job_id, func.sum(Chunk.progress))
-        .where(Chunk.job_id.in_(ids), Chunk.state == RUNNING_CHUNK)
-        .group_by(Chunk.job_id)
-    )
-    return {job_id: float(part) for job_id, part in session.execute(query)}
+    if not ids:
+        return {}
+    return {job_id: float(part) for job_id, part in session.execute(_PARTS, {"ids": ids})}
 
 
 def _inputs(session: Session, ids: Sequence[str]) -> dict[str, dict[str, dict[str, str | None]]]:
     found: dict[str, dict[str, dict[str, str | None]]] = {job_id: {} for job_id in ids}
-    for row in session.scalars(select(JobInput).where(JobInput.job_id.in_(ids))):
-        found[row.job_id][row.field] = {
-            "sha256": row.sha256,
-            "job_id": row.upstream_id,
-            "output": row.upstream_output,
-        }
+    for job_id, field_name, sha256, upstream, output in session.execute(_INPUTS, {"ids": ids}):
+        found[job_id][field_name] = {"sha256": sha256, "job_id": upstream, "output": output}
     return found
 
 
 def _artifacts(session: Session, ids: Sequence[str]) -> dict[str, dict[str, str]]:
-    query = (
-        select(Output.job_id, Output.name, Output.sha256)
-        .where(Output.job_id.in_(ids), Output.role == "artifact")
-        .order_by(Output.chunk_id)
-    )
     artifacts: dict[str, dict[str, str]] = {job_id: {} for job_id in ids}
-    for job_id, name, sha256 in session.execute(query):
+    for job_id, name, sha256 in session.execute(_ARTIFACTS, {"ids": ids}):
         artifacts[job_id][name] = sha256
     return artifacts
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, bindparam, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, Worker
@@ -21,6 +21,11 @@ UNKNOWN_SECONDS = 30.0
 LOOKED_AT = 5_000
 """Jobs of the queue that a forecast plays through at most."""
 GIB = 2**30
+_RUNS = (
+    select(Chunk.id)
+    .where(Chunk.job_id == bindparam("job_id"), Chunk.state == RUNNING_CHUNK)
+    .limit(1)
+)
 PAUSED_WORDS = "paused; resume it to go on"
 
 
@@ -38,9 +43,9 @@ def ahead(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> A
     """Return why a job does not run, its place in its project's queue and its probable start."""
     if job.state not in (JobState.QUEUED, JobState.RUNNING):
         return Ahead(_standing_still(session, job), None, None)
-    running = _running(session)
-    if any(chunk.job_id == job.id for chunk in running):
+    if session.scalar(_RUNS, {"job_id": job.id}) is not None:  # of most polls all there is to ask
         return Ahead(None, None, None)
+    running = _running(session)
     workers = pool.usable(session, now=now)
     needs = _needs(session, job)
     able = [w for w in workers if needs is None or _offers(w, needs)]
@@ -62,6 +67,8 @@ def _standing_still(session: Session, job: Job) -> str | None:
 def upstream(session: Session, jobs: Sequence[Job]) -> dict[str, str]:
     """Return for each waiting job the outputs it waits for, in words."""
     ids = [job.id for job in jobs if job.state == JobState.WAITING]
+    if not ids:
+        return {}
     query = select(JobInput).where(JobInput.job_id.in_(ids), JobInput.sha256.is_(None))
     names: dict[str, list[str]] = {}
     for row in session.scalars(query):

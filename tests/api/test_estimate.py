@@ -116,6 +116,10 @@ def test_what_no_live_worker_can_run_is_told_with_the_reason(
     assert gpu["stages"][0]["device"] == "gpu"
     assert gpu["predicted_start_at"] is None
 
+    shared.post("/v1/pool/nodes/host-7:cpu/drain", headers=OPERATOR)
+    drained = estimate(shared, ECHO)
+    assert drained["why_not"] == "stage lines has only workers on nodes that drain or are excluded"
+
 
 def test_a_job_that_waits_for_another_is_not_planned_yet(shared: TestClient, worker: None) -> None:
     url = upload(shared, pairs(), OPERATOR)

@@ -25,7 +25,11 @@ function showProgress(now) {
   told.textContent = parts.join(" · ");
 }
 
+const LOOKS = { "job.pausing": "pausing", "job.paused": "paused", "job.unpaused": "queued", "job.started": "running",
+  "job.resumed": "running", "job.cancelling": "cancelling" };
+
 function note(event) {
+  if (event.type in LOOKS) bar.className = LOOKS[event.type];
   const line = document.createElement("li"), kind = document.createElement("strong");
   const data = document.createElement("code");
   kind.textContent = event.type;
