@@ -37,9 +37,10 @@ FROM base AS worker-venv
 RUN python -m venv --without-pip /opt/venv
 COPY constraints.txt /dist/
 ARG TORCH_INDEX=""
-# First and alone: a layer of gigabytes that a change of the source leaves as it is.
-RUN pip --python /opt/venv/bin/python install -c /dist/constraints.txt --no-deps \
-    ${TORCH_INDEX:+--index-url="$TORCH_INDEX"} torch
+# First and alone, with the CUDA libraries it asks for: a layer of gigabytes that a change of the
+# source leaves as it is. An index of torch alone may lack the rest, which the next step brings.
+RUN pip --python /opt/venv/bin/python install -c /dist/constraints.txt \
+    ${TORCH_INDEX:+--no-deps --index-url="$TORCH_INDEX"} torch
 COPY --from=wheel /dist/*.whl /dist/
 RUN pip --python /opt/venv/bin/python install -c /dist/constraints.txt \
     "$(echo /dist/stillroom-*.whl)[worker,team,tracing]"

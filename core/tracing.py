@@ -1,6 +1,7 @@
 """Traces from a request to the chunks it caused, over OpenTelemetry; off unless settings ask.
 
-While off this loads nothing of OpenTelemetry, and every span is nothing. While on, spans leave in
+While off this loads nothing of OpenTelemetry's SDK, and every span is nothing. While on, spans
+leave in
 batches from a thread of their own: a collector that is slow or gone costs spans, never work.
 """
 

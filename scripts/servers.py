@@ -23,7 +23,7 @@ port {port}
 requirepass {password}
 save ""
 appendonly no
-dir {folder}
+dir "{folder}"
 """
 POSTGRES_CONF = """
 listen_addresses = '127.0.0.1'

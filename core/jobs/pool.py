@@ -41,8 +41,11 @@ class Place:
 def hello(session: Session, worker_id: str, *, place: Place, now: datetime) -> None:
     """Register a worker and its node, and forget workers not heard of for a day."""
     session.execute(delete(Worker).where(Worker.seen_at < now - FORGOTTEN_AFTER))
+    _forget_nodes(session, now=now)
     node = {"id": place.node, "state": ACTIVE, "note": None, "blamed": 0, "updated_at": now}
-    insert_new(session, Node, node)
+    if not insert_new(session, Node, node):
+        there = update(Node).where(Node.id == place.node, Node.state == ACTIVE)
+        session.execute(there.values(updated_at=now))
     values = {
         "id": worker_id,
         "node_id": place.node,
@@ -59,6 +62,13 @@ def hello(session: Session, worker_id: str, *, place: Place, now: datetime) -> N
         offers = ("node_id", "device", "kind", "memory_bytes", "threads")
         now_offered = {name: values[name] for name in offers}
         session.execute(update(Worker).where(Worker.id == worker_id).values(**now_offered))
+
+
+def _forget_nodes(session: Session, *, now: datetime) -> None:
+    """Forget places without a blemish that no worker came back to: containers have random names."""
+    lives = select(Worker.id).where(Worker.node_id == Node.id).exists()
+    gone = (Node.state == ACTIVE, Node.blamed == 0, Node.updated_at < now - FORGOTTEN_AFTER)
+    session.execute(delete(Node).where(*gone, ~lives).execution_options(synchronize_session=False))
 
 
 def seen(session: Session, worker_id: str, *, now: datetime) -> None:

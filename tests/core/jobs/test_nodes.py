@@ -122,3 +122,20 @@ def test_a_worker_of_the_same_name_may_offer_something_else(engine: Engine, cloc
         [(worker, alive)] = pool.workers(session, now=clock())
     assert alive
     assert (worker.kind, worker.memory_bytes, worker.node_id) == ("gpu", 2, "host:cuda:0")
+
+
+def test_a_place_nobody_came_back_to_is_forgotten_unless_something_is_known_of_it(
+    engine: Engine, clock: Clock
+) -> None:
+    for name in ("random", "drained"):
+        worker(engine, clock, name)
+    with transaction(engine) as session:
+        pool.set_node_state(session, "host:drained", pool.DRAINING, note="moved", now=clock())
+    clock.tick(days=1, seconds=1)
+
+    for name in ("one", "two"):  # the first forgets the workers, the second their places
+        worker(engine, clock, name)
+
+    with reading(engine) as session:
+        left = {node.id for node in pool.nodes(session)}
+    assert left == {"host:drained", "host:one", "host:two"}
