@@ -1,19 +1,18 @@
 """What the API shows. The docstrings and descriptions here are the API reference."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field
 
+from api.specs import AnySpec as AnySpec
 from core.db.models import Artifact, Event, Job, Output, Upload, Worker
+from core.jobs.lineage import Seen
 from core.jobs.states import JobState
 from core.jobs.status import JobStatus
-from core.kinds._base import Kind, kinds
-from core.specs.base import JobSpec, inputs_of
+from core.kinds._base import Kind
+from core.specs.base import inputs_of
 
 Sha256 = Annotated[
     str,
@@ -222,12 +221,12 @@ class ArtifactView(View):
     @classmethod
     def of(
         cls,
-        artifact: Artifact,
+        artifact: Seen,
         *,
         produced_by: Iterable[Mapping[str, Any]],
         uploaded_as: Iterable[Mapping[str, Any]],
     ) -> "ArtifactView":
-        """Join a row with its lineage."""
+        """Join what the project sees of it with its lineage."""
         names = cls.model_fields.keys() - {"produced_by", "uploaded_as"}
         own = {name: getattr(artifact, name) for name in names}
         lineage = {"produced_by": list(produced_by), "uploaded_as": list(uploaded_as)}
@@ -369,24 +368,3 @@ class Problem(View):
 def job_views(jobs: Sequence[Job], statuses: Sequence[JobStatus]) -> list[JobView]:
     """Show jobs with their statuses, in order."""
     return [JobView.of(job, status) for job, status in zip(jobs, statuses, strict=True)]
-
-
-def _any_spec() -> Any:
-    """Return the union of all kinds' specs, told apart by ``kind``; true is no 1, "3" no 3."""
-    specs = [kind.spec for kind in kinds().values()]
-    union: Any = specs[0]
-    if len(specs) > 1:
-        union = Annotated[reduce(or_, specs), Field(discriminator="kind")]
-    adapter: TypeAdapter[JobSpec] = TypeAdapter(union)
-
-    def strictly(value: Any, _lax: Any) -> JobSpec:
-        # As JSON: only there does strict mode take a list for a tuple and a text for an enum.
-        return adapter.validate_json(json.dumps(value), strict=True)
-
-    return Annotated[union, WrapValidator(strictly)]
-
-
-if TYPE_CHECKING:
-    AnySpec = JobSpec
-else:
-    AnySpec = _any_spec()

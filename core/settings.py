@@ -116,6 +116,8 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _open_door(self) -> "Settings":
         if self.api_key is not None:
+            if self.metrics_key == self.api_key:
+                raise ValueError("STILL_METRICS_KEY is STILL_API_KEY, which opens all; take two")
             return self
         if not self.loopback:
             raise ValueError(

@@ -15,7 +15,7 @@ from api.deps import Context, Ctx, Submitter
 from api.pages.render import PageRoute, form_of, page
 from api.problems import Blame, blame_all, shown
 from api.routes.jobs import parse_pairs, take
-from api.views import AnySpec
+from api.specs import AnySpec
 from core.errors import QuotaExceeded, SpecInvalid
 from core.jobs.keys import Principal
 from core.kinds._base import Kind, kinds

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from api.bodies import StrictRoute
 from api.deps import PROBLEMS, Ctx, Submitter
-from api.views import AnySpec, View
+from api.specs import AnySpec
+from api.views import View
 from core.jobs import estimates
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute, responses=PROBLEMS)
@@ -23,7 +24,7 @@ class StageEstimateView(View):
     device: Literal["cpu", "gpu"] | None = Field(description="The only kind it runs on; null: any.")
     memory_bytes: int = Field(description="What a chunk asks of its device at least.")
     seconds_per_chunk: float | None = Field(
-        description="Mean of the latest finished jobs of the kind; null: never timed."
+        description="Mean of the project's latest finished jobs of the kind; null: never timed."
     )
 
 

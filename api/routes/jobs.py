@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from datetime import datetime
 from typing import Annotated, Self, TypedDict
 
@@ -20,13 +21,14 @@ from api.views import (
     OutputView,
     View,
 )
-from core import tracing
+from core import logs, tracing
 from core.errors import SpecInvalid
 from core.jobs import control, lineage, service
 from core.jobs.keys import Principal
 from core.jobs.states import JobState
 from core.specs.base import JobSpec
 
+log = logging.getLogger("stillroom.api")
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute, responses=PROBLEMS)
 JobIdPath = Annotated[str, Path(description="The job's id.", max_length=64)]
 IdempotencyKey = Annotated[
@@ -123,7 +125,11 @@ def take(
             )
         if not replayed:
             ctx.note(session, by, "job.submit", job.id, kind=job.kind)
-        return ctx.show_new(session, job), replayed
+        view = ctx.show_new(session, job)
+    if not replayed:  # once it is committed
+        with logs.about(job=view.id):
+            log.info("submitted: %s", view.kind)
+    return view, replayed
 
 
 @router.get("", summary="List jobs, newest first", response_model=JobPage)

@@ -49,8 +49,8 @@ class KeyAsked(BaseModel):
         default=[Scope.READ, Scope.SUBMIT],
         min_length=1,
         max_length=len(Scope),
-        description="read: look; submit: jobs and uploads; admin: projects, keys, pool, audit log. "
-        "None includes another.",
+        description="read: look; submit: jobs and uploads; admin: projects, keys, pool, audit log, "
+        "of every project. None includes another.",
     )
     expires_at: Annotated[AwareDatetime, Field(strict=False), AfterValidator(_in_utc)] | None = (
         Field(None, description="Null: it lasts until revoked.")

@@ -182,11 +182,15 @@ def key() -> None:
     "scopes",
     type=click.Choice(SCOPES),
     multiple=True,
-    help="May be repeated. [default: read and submit]",
+    help="May be repeated; admin reaches every project. [default: read and submit]",
 )
 @click.option("--expires", type=Until(), metavar="WHEN", help="30d, 12h, or an instant.")
 def create_key(name: str, project: str, scopes: tuple[str, ...], expires: str | None) -> None:
-    """Make a key, printed alone on standard output. It is shown this once."""
+    """Make a key, printed alone on standard output. It is shown this once.
+
+    The scopes read and submit end at the key's project. The scope admin does not: it makes and
+    changes every project, makes keys of any project, steers the pool and reads the whole audit log.
+    """
     here = session()
     with here.client() as client:
         asked = {"name": name, "scopes": scopes or ("read", "submit"), "expires_at": expires}

@@ -18,7 +18,7 @@ from core.jobs.states import ChunkState, JobState
 from core.specs.base import JobSpec, inputs_of
 
 HISTORY = 5
-"""Finished jobs of a kind, the latest, whose chunks are timed."""
+"""Finished jobs of the project and kind, the latest, whose chunks are timed."""
 TWINS = 50
 """Finished jobs of a kind, the latest, among which the same work is sought."""
 ABOUT_THE_JOB = frozenset(
@@ -39,7 +39,7 @@ class StageEstimate:
     """``cpu`` or ``gpu``; null: either."""
     memory_bytes: int
     seconds_per_chunk: float | None = None
-    """Of finished jobs of the kind; null: none of them timed such a stage."""
+    """Of the project's finished jobs of the kind; null: none of them timed such a stage."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def _stages(session: Session, job: Job) -> tuple[list[StageEstimate], int]:
     """Return the stages as planned, and how many finished jobs their times come from."""
     latest = (
         select(Job.id)
-        .where(Job.kind == job.kind, Job.state == JobState.SUCCEEDED.value)
+        .where(Job.project_id == job.project_id, Job.kind == job.kind)
+        .where(Job.state == JobState.SUCCEEDED.value)
         .order_by(Job.created_at.desc())
         .limit(HISTORY)
     )
@@ -159,10 +160,10 @@ def _device_seconds(stages: Sequence[StageEstimate]) -> float | None:
 
 def _told(kind: str, jobs: int, *, known: bool) -> str:
     if known:
-        return f"chunks are taken to last as those of the latest {jobs} {kind} job(s) did"
+        return f"chunks are taken to last as in the project's latest {jobs} {kind} job(s)"
     if jobs:
-        return f"not every stage was timed in the latest {jobs} {kind} job(s)"
-    return f"no {kind} job has succeeded yet"
+        return f"not every stage was timed in the project's latest {jobs} {kind} job(s)"
+    return f"no {kind} job of the project has succeeded yet"
 
 
 def _why_not(session: Session, stages: Sequence[StageEstimate], *, now: datetime) -> str | None:

@@ -1,31 +1,55 @@
 """What was made, by which chunk of which job, from what."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import literal, select, union_all
 from sqlalchemy.orm import Session
 
+from core.artifacts.sandbox import canonical_name
 from core.db.models import Artifact, Chunk, Job, JobInput, MetricPoint, Output, Upload
 from core.errors import NotFound
 
 
-def artifact(session: Session, sha256: str, *, project: str | None = None) -> Artifact:
-    """Return an artifact or raise NotFound; a project sees only what it made or uploaded."""
-    found = session.get(Artifact, sha256)
-    if found is None or not (project is None or _sees(session, project, sha256)):
-        raise NotFound(f"no artifact {sha256}")
-    return found
+@dataclass(frozen=True)
+class Seen:
+    """An artifact as one project knows it: name and time are those of its own first row."""
+
+    sha256: str
+    format: str
+    file_name: str
+    media_type: str
+    size_bytes: int
+    meta: Mapping[str, Any]
+    created_at: datetime
 
 
-def _sees(session: Session, project: str, sha256: str) -> bool:
+def artifact(session: Session, sha256: str, *, project: str) -> Seen:
+    """Return what a project made or uploaded, or raise NotFound."""
     made = (
-        select(Output.job_id)
+        select(Output.file_name, Output.created_at.label("at"), literal("made").label("how"))
         .join(Job, Job.id == Output.job_id)
         .where(Output.sha256 == sha256, Job.project_id == project)
     )
-    sent = select(Upload.id).where(Upload.artifact == sha256, Upload.project_id == project)
-    return any(session.scalar(query.limit(1)) is not None for query in (made, sent))
+    sent = select(Upload.file_name, Upload.updated_at.label("at"), literal("sent").label("how"))
+    own = union_all(made, sent.where(Upload.artifact == sha256, Upload.project_id == project))
+    # Asked before the shared row, so that what another project has takes as long as what is not
+    # there; that row's own name and time are of whoever was first of all.
+    first = session.execute(own.order_by("at", "how").limit(1)).one_or_none()
+    if first is None:
+        raise NotFound(f"no artifact {sha256}")
+    row = session.get_one(Artifact, sha256)
+    return Seen(
+        sha256=sha256,
+        format=row.format,
+        file_name=first.file_name if first.how == "made" else canonical_name(first.file_name),
+        media_type=row.media_type,
+        size_bytes=row.size_bytes,
+        meta=row.meta,
+        created_at=first.at,
+    )
 
 
 def outputs_of(session: Session, job_id: str, *, role: str) -> Sequence[tuple[Output, Artifact]]:

@@ -57,8 +57,10 @@ def _resolve_one(
     job_id, _, name = reference.partition("/")
     # Locked until the input row is written: else the job could end in between, unseen by us and
     # we by it, and ours would wait for ever.
-    upstream = session.get(Job, job_id, with_for_update=True)
-    if upstream is None or upstream.project_id != project:
+    upstream = session.scalar(
+        select(Job).where(Job.id == job_id, Job.project_id == project).with_for_update()
+    )
+    if upstream is None:
         raise SpecInvalid(f"no job {job_id}")
     offered = kind_of(upstream).outputs
     if name not in offered:

@@ -1,7 +1,7 @@
 """Take, find and list jobs. Every function works inside the caller's transaction."""
 
 import base64
-import binascii
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -17,6 +17,7 @@ from core.jobs.states import JobState
 from core.specs.base import LABEL_KEY, JobSpec
 
 REPLAY_FOR = timedelta(hours=24)
+_ID = re.compile(r"job_[0-9a-z]{26}")
 
 
 def submit(
@@ -122,8 +123,13 @@ def submit_once(
 
 def get(session: Session, job_id: str, *, project: str | None = None, lock: bool = False) -> Job:
     """Return a job (of ``project``, where one is named) or raise NotFound; ``lock``: to change."""
-    job = session.get(Job, job_id, with_for_update=lock, populate_existing=lock)
-    if job is None or project not in (None, job.project_id):
+    query = select(Job).where(Job.id == job_id)
+    if project is not None:  # in the query: nobody waits for, or holds, the lock of a foreign job
+        query = query.where(Job.project_id == project)
+    if lock:
+        query = query.with_for_update().execution_options(populate_existing=True)
+    job = session.scalar(query)
+    if job is None:
         raise NotFound(f"no job {job_id}")
     return job
 
@@ -162,13 +168,19 @@ def list_jobs(
 
 
 def _make_cursor(job: Job) -> str:
-    return base64.urlsafe_b64encode(f"{job.created_at.isoformat()} {job.id}".encode()).decode()
+    return _cursor_at(job.created_at, job.id)
+
+
+def _cursor_at(at: datetime, job_id: str) -> str:
+    return base64.urlsafe_b64encode(f"{at.isoformat()} {job_id}".encode()).decode()
 
 
 def _read_cursor(cursor: str) -> tuple[datetime, str]:
     try:
         at, job_id = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
         instant = datetime.fromisoformat(at).astimezone(UTC)
-    except (ValueError, OverflowError, binascii.Error) as error:
+        if not _ID.fullmatch(job_id) or _cursor_at(instant, job_id) != cursor:
+            raise ValueError("made up")
+    except (ValueError, OverflowError) as error:
         raise SpecInvalid("cursor: not one that this list gave out", pointer="/cursor") from error
     return instant, job_id

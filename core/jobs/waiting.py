@@ -144,12 +144,12 @@ def _first(
     if count := _count(session, *rivals, Job.rank < job.rank):
         return f"{count} job(s) of higher priority go first"
     asking = select(Job.project_id).where(*rivals, Job.rank == job.rank).distinct()
-    others = (standing[project_id] for project_id in session.scalars(asking))
-    first = sorted(other.name for other in others if other.level < mine.level)
+    first = sum(standing[other].level < mine.level for other in session.scalars(asking))
     if not first:
         return None
-    names = ", ".join(first[:3])
-    return f"next of its project, which has used more than its share; first: {names}"
+    # Counted, never named: a project learns nothing of another but that it is there.
+    others = "1 other project" if first == 1 else f"{first} other projects"
+    return f"next of its project, which has used more than its share; first: {others}"
 
 
 def _rivals(able: Sequence[Worker], standing: Mapping[str, Standing]) -> list[ColumnElement[bool]]:
@@ -187,7 +187,7 @@ def _starts_in(
     *,
     now: datetime,
 ) -> float | None:
-    seconds = _Seconds(session, running)
+    seconds = _Seconds(session, running, project=job.project_id)
     left = {chunk.owner: seconds.left(chunk, now=now) for chunk in running}
     jobs = _queue(session, seconds, {chunk.job_id: left[chunk.owner] for chunk in running})
     if all(one.job_id != job.id for one in jobs):
@@ -205,10 +205,14 @@ def _starts_in(
 
 
 class _Seconds:
-    """How long a chunk lasts: as those of its job did, else of the last job of its kind."""
+    """How long a chunk lasts: as those of its job did, else of the last job of its kind.
 
-    def __init__(self, session: Session, running: Sequence[Any]) -> None:
+    That job is one of the project that asks: how long others' took is not for it to learn.
+    """
+
+    def __init__(self, session: Session, running: Sequence[Any], *, project: str) -> None:
         self._session = session
+        self._project = project
         self._by_kind: dict[str, float] = {}
         self.running = Counter(chunk.job_id for chunk in running)
         """Chunks that run of each job: attempts whose seconds are not counted yet."""
@@ -220,7 +224,8 @@ class _Seconds:
         if kind not in self._by_kind:
             last = (
                 select(Job.device_seconds, Job.attempts)
-                .where(Job.kind == kind, Job.state == JobState.SUCCEEDED.value, Job.attempts > 0)
+                .where(Job.project_id == self._project, Job.kind == kind)
+                .where(Job.state == JobState.SUCCEEDED.value, Job.attempts > 0)
                 .order_by(Job.created_at.desc())
                 .limit(1)
             )

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from api.downloads import clean_name, disposition
-from core.db.models import Artifact, Upload
+from core.db.models import Artifact, Chunk, Output, Upload
 from core.db.session import transaction
 from core.jobs.projects import FIRST_PROJECT
-from tests.api.conftest import context_of, problem_of
+from tests.api.conftest import ECHO, context_of, problem_of
 
 TEXT = b"hello\nhello\n"
 SHA = hashlib.sha256(TEXT).hexdigest()
@@ -144,11 +144,12 @@ def test_row_without_its_blob_is_404_and_a_strange_media_type_is_plain_bytes(
     path = context.settings.data_dir / "made-by-hand"
     path.write_bytes(content)
     blob = context.store.put(path)
+    job_id = client.post("/v1/jobs", json=ECHO).json()["id"]
     row = {"size_bytes": 8, "format": "x", "meta": {}, "created_at": context.clock()}
     with transaction(context.engine) as session:
         named = '../../etc/\r\nX-Evil: 1/pass"wd\u202e.html'
         media_type = "text/html\r\nX-Evil: 1"
-        session.add(Artifact(sha256=blob.sha256, file_name=named, media_type=media_type, **row))
+        session.add(Artifact(sha256=blob.sha256, file_name="x", media_type=media_type, **row))
         session.add(Artifact(sha256="f" * 64, file_name="gone", media_type="a/b", **row))
         session.flush()
         for sha256 in (blob.sha256, "f" * 64):
@@ -156,6 +157,10 @@ def test_row_without_its_blob_is_404_and_a_strange_media_type_is_plain_bytes(
             at = {"created_at": context.clock(), "updated_at": context.clock()}
             mine = {"project_id": FIRST_PROJECT, "state": "complete", "artifact": sha256}
             session.add(Upload(**sent, **at, **mine))
+        chunk = session.query(Chunk).filter_by(job_id=job_id, index=0).one()
+        made = {"job_id": job_id, "name": "x", "role": "artifact", "sha256": blob.sha256}
+        about = {"cached": False, "created_at": context.clock()}  # "made" goes before "sent"
+        session.add(Output(chunk_id=chunk.id, file_name=named, **made, **about))
 
     problem_of(client.get(f"/v1/artifacts/{'f' * 64}/content"), 404, "not_found")
     answer = client.get(f"/v1/artifacts/{blob.sha256}/content")

@@ -57,7 +57,7 @@ def test_a_first_job_of_its_kind_has_no_history(shared: TestClient, worker: None
         }
     ]
     assert found["device_seconds"] is None
-    assert found["device_seconds_from"] == "no echo job has succeeded yet"
+    assert found["device_seconds_from"] == "no echo job of the project has succeeded yet"
     assert found["cache_hits"] is None
     assert (found["can_run"], found["why_not"]) == (True, None)
     assert found["queue_position"] == 1
@@ -99,6 +99,22 @@ def test_device_time_is_that_of_finished_jobs_of_the_kind(
     assert found["stages"][0]["seconds_per_chunk"] == pytest.approx(3.0)
     assert found["device_seconds"] == pytest.approx(30.0)
     assert "latest 1 echo job(s)" in found["device_seconds_from"]
+
+
+def test_how_long_the_jobs_of_others_took_is_not_told(
+    shared: TestClient, engine: Engine, clock: Clock, worker: None
+) -> None:
+    other = key_of(shared, make_project(shared, "other"))
+    shared.post("/v1/jobs", json={**ECHO, "times": 1}, headers=OPERATOR)
+    claimed = life.claim(engine, clock)
+    clock.tick(seconds=3)
+    life.finish(engine, claimed, clock, life.some_file())
+
+    found = ask(shared, {**ECHO, "times": 1}, other).json()
+
+    assert found["stages"][0]["seconds_per_chunk"] is None
+    assert found["device_seconds_from"] == "no echo job of the project has succeeded yet"
+    assert estimate(shared, ECHO)["stages"][0]["seconds_per_chunk"] == pytest.approx(3.0)
 
 
 def test_what_no_live_worker_can_run_is_told_with_the_reason(

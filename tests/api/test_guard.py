@@ -3,6 +3,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from api.principals import COOKIE, COOKIE_FOR, Principals, Proof
@@ -177,3 +178,9 @@ def test_log_is_json_without_query_or_key(
     assert '"status": 200' in line
     assert KEY not in line
     assert "private" not in line
+
+
+def test_the_key_of_the_metrics_is_not_the_operators(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="take two"):
+        make_settings(tmp_path, api_key=KEY, metrics_key=KEY)
+    make_settings(tmp_path, api_key=KEY, metrics_key=KEY[::-1])

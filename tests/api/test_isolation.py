@@ -2,16 +2,21 @@
 
 import asyncio
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event
 from starlette.testclient import TestClient
 
 from api.principals import Proof
 from api.routes.events import follow, look_at
 from core.db.models import Chunk
-from core.jobs import pool
+from core.db.session import transaction
+from core.jobs import pool, service
 from core.jobs.pool import Place
 from tests.api.conftest import (
     ECHO,
@@ -182,6 +187,83 @@ def test_same_bytes_are_shared_in_the_store_but_seen_only_by_who_brought_them(tw
     shown = two.server.get(f"/v1/artifacts/{sha256}", headers=two.mine).json()
     assert len(shown["uploaded_as"]) == 1
     assert shown["uploaded_as"] != brought["uploaded_as"]
+
+
+def test_an_artifact_has_the_name_and_time_of_the_own_project(two: Two, clock: Clock) -> None:
+    sha256 = two.ids["sha256"]
+    first = two.server.get(f"/v1/artifacts/{sha256}", headers=two.mine).json()
+    for name in ("theirs.npz", "again.npz"):
+        clock.tick(seconds=60)
+        asked = announce(pairs(), name)
+        sent = two.server.post("/v1/uploads", json=asked, headers=two.other)
+        url = sent.headers["location"]
+        send(two.server, url, 0, pairs(), two.other)
+        done = two.server.post(f"{url}/complete", headers=two.other).json()
+        assert done["file_name"] == "theirs.safetensors"
+
+    seen = two.server.get(f"/v1/artifacts/{sha256}", headers=two.other).json()
+    assert seen["file_name"] == "theirs.safetensors"
+    assert datetime.fromisoformat(seen["created_at"]) == clock() - timedelta(seconds=60)
+    file = two.server.get(f"/v1/artifacts/{sha256}/content", headers=two.other)
+    assert "theirs.safetensors" in file.headers["content-disposition"]
+    still = two.server.get(f"/v1/artifacts/{sha256}", headers=two.mine).json()
+    assert (still["file_name"], still["created_at"]) == ("pairs.safetensors", first["created_at"])
+    file = two.server.get(f"/v1/artifacts/{sha256}/content", headers=two.mine)
+    assert "pairs.safetensors" in file.headers["content-disposition"]
+
+
+def test_what_another_project_has_costs_what_nothing_costs(two: Two) -> None:
+    two.server.get("/v1/me", headers=two.other)  # the key is known from here on
+    engine = context_of(two.server).engine
+    job, sha256 = two.ids["job_id"], two.ids["sha256"]
+    nothing = "job_" + "0" * 26
+    spec = {"kind": "fit_federated"}
+    asked: list[tuple[str, str, str, Any]] = [
+        ("GET", f"/v1/artifacts/{sha256}", f"/v1/artifacts/{'0' * 64}", None),
+        ("GET", f"/v1/jobs/{job}", f"/v1/jobs/{nothing}", None),
+        ("POST", f"/v1/jobs/{job}/cancel", f"/v1/jobs/{nothing}/cancel", None),
+    ]
+    for method, foreign, absent, body in asked:
+        said = []
+        for path in (foreign, absent):
+            with statements(engine) as sent:
+                assert two.server.request(method, path, json=body, headers=two.other).is_error
+            said.append(sent)
+        assert said[0] == said[1], foreign
+    for reference in (sha256, f"{job}/text"):
+        said = []
+        for name in (reference, reference.replace(sha256, "0" * 64).replace(job, nothing)):
+            with statements(engine) as sent:
+                body = {**spec, "pairs": name}
+                two.server.post("/v1/jobs", json=body, headers=two.other)
+            said.append(sent)
+        assert said[0] == said[1], reference
+        assert not any("FROM artifacts" in one for one in said[0])
+
+
+@contextmanager
+def statements(engine: Engine) -> Iterator[list[str]]:
+    """Collect what the server sends to its database."""
+    sent: list[str] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        sent.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield sent
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def test_nobody_waits_for_the_lock_of_a_foreign_job(two: Two, engine: Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        return  # there one lock is all locks
+    job = two.ids["job_id"]
+    spec = {"kind": "fit_federated", "pairs": f"{job}/text"}
+    with transaction(engine) as session:
+        service.get(session, job, lock=True)
+        url = f"/v1/jobs/{job}/cancel"
+        assert two.server.post(url, headers=two.other).status_code == 404
+        assert two.server.post("/v1/jobs", json=spec, headers=two.other).status_code == 422
 
 
 def test_equal_results_of_both_show_each_its_own_lineage(two: Two) -> None:

@@ -19,6 +19,8 @@ FIELDS = {
     "inputs", "artifacts",
 }  # fmt: skip
 
+SOME_ID = "job_" + "0" * 26
+
 
 def test_submitted_job_is_shown_whole_and_found_at_its_location(client: TestClient) -> None:
     answer = client.post("/v1/jobs", json={**ECHO, "name": "n", "labels": {"team": "a:b"}})
@@ -163,11 +165,31 @@ def test_bad_query_names_the_parameter(client: TestClient, query: str, pointer: 
     assert body["errors"][0]["pointer"] == pointer
 
 
-@pytest.mark.parametrize("instant", ["0001-01-01T00:00+14:00 job", "9999-12-31T23:59-14:00 job"])
-def test_cursor_beyond_the_calendar_is_refused(client: TestClient, instant: str) -> None:
-    cursor = base64.urlsafe_b64encode(instant.encode()).decode()
+@pytest.mark.parametrize(
+    "said",
+    [
+        "0001-01-01T00:00+14:00 " + SOME_ID,
+        "9999-12-31T23:59-14:00 " + SOME_ID,
+        "2026-01-01T00:00:00 " + SOME_ID,
+        "2026-01-01 00:00:00+00:00 " + SOME_ID,
+        "2026-01-01T02:00:00+02:00 " + SOME_ID,
+        "2026-01-01T00:00:00+00:00 a\0b",
+        "2026-01-01T00:00:00+00:00 " + SOME_ID[:-1] + "\0",
+        "2026-01-01T00:00:00+00:00 " + SOME_ID + "\n",
+        "2026-01-01T00:00:00+00:00 job",
+    ],
+)
+def test_cursor_that_no_list_gave_out_is_refused(client: TestClient, said: str) -> None:
+    cursor = base64.urlsafe_b64encode(said.encode()).decode()
 
-    problem_of(client.get("/v1/jobs", params={"cursor": cursor}), 422, "spec_invalid")
+    refused = problem_of(client.get("/v1/jobs", params={"cursor": cursor}), 422, "spec_invalid")
+    assert refused["errors"][0]["pointer"] == "/query/cursor"
+
+
+def test_cursor_of_a_job_that_never_was_only_says_where_to_go_on(client: TestClient) -> None:
+    for at in ("2000-01-01T00:00:00+00:00", "2000-01-01T00:00:00.000001+00:00"):
+        cursor = base64.urlsafe_b64encode(f"{at} {SOME_ID}".encode()).decode()
+        assert client.get("/v1/jobs", params={"cursor": cursor}).json()["items"] == []
 
 
 def test_queued_job_is_cancelled_at_once_and_only_once(client: TestClient) -> None:

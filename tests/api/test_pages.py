@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from starlette.testclient import TestClient
 
 from api.pages.render import chunks
@@ -181,6 +182,24 @@ def test_reference_tells_every_documented_call(client: TestClient) -> None:
     assert 'id="spec_invalid"' in text
 
 
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs/estimate"])
+def test_the_body_of_a_job_is_one_of_the_kinds_told_apart_by_name(
+    client: TestClient, path: str
+) -> None:
+    document = client.get("/openapi.json").json()
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    schema, schemas = body["schema"], document["components"]["schemas"]
+
+    mapping = schema["discriminator"]["mapping"]
+    assert schema["discriminator"]["propertyName"] == "kind"
+    assert [{"$ref": found} for found in mapping.values()] == schema["oneOf"]
+    for name, found in mapping.items():
+        spec = schemas[found.removeprefix("#/components/schemas/")]
+        assert spec["properties"]["kind"]["const"] == name
+        example = body["examples"][name]["value"]
+        Draft202012Validator({**spec, "components": document["components"]}).validate(example)
+
+
 def test_openapi_is_complete(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
 
@@ -188,8 +207,8 @@ def test_openapi_is_complete(client: TestClient) -> None:
     assert references <= set(document["components"]["schemas"])
     body = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]
     kinds = {kind["kind"] for kind in client.get("/v1/kinds").json()["items"]}
-    if len(kinds) > 1:
-        assert set(body["schema"]["discriminator"]["mapping"]) == kinds
+    assert set(body["schema"]["discriminator"]["mapping"]) == kinds
+    assert body["examples"].keys() == kinds
     for path, calls in document["paths"].items():
         for call in calls.values():
             assert call["summary"]

@@ -143,8 +143,26 @@ def test_projects_that_used_less_go_first(engine: Engine, clock: Clock) -> None:
         submit(engine, clock, project=other)
     submit(engine, clock, project=later, priority=1)
 
-    told = "next of its project, which has used more than its share; first: less"
+    told = "next of its project, which has used more than its share; first: 1 other project"
     assert why(engine, job_id, clock) == told
+    fresh = project(engine, clock, "fresh")
+    submit(engine, clock, project=fresh)
+    assert why(engine, job_id, clock) == told.replace("1 other project", "2 other projects")
+
+
+def test_a_forecast_rests_on_no_job_that_another_project_finished(
+    engine: Engine, clock: Clock
+) -> None:
+    worker(engine, clock)
+    submit(engine, clock, project=project(engine, clock, "other"))
+    held = claim(engine, clock)
+    clock.tick(seconds=7)
+    finish(engine, held, clock)
+    submit(engine, clock)
+    clock.tick(seconds=1)
+    second = submit(engine, clock)
+
+    assert starts_in(engine, second, clock) == UNKNOWN_SECONDS
 
 
 def test_a_failed_chunk_tells_when_it_is_tried_again(engine: Engine, clock: Clock) -> None:
