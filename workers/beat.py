@@ -5,10 +5,8 @@ It needs no torch and no data folder. Ticks that are missed, sent twice or by tw
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from celery.beat import EmbeddedService, Scheduler, SchedulingError
@@ -19,6 +17,7 @@ from core.jobs import recovery
 from core.jobs.hints import CONTROL, TICK, CeleryHints, Hints, make_celery
 from core.jobs.lease import Rules
 from core.settings import Settings
+from workers.alive import AliveFile
 from workers.consumer import connected, consume
 from workers.outages import Outages
 from workers.stop import Stop
@@ -37,7 +36,7 @@ class Reconciler:
         rules: Rules,
         clock: Callable[[], datetime],
         stop: Stop,
-        alive: Path,
+        alive: AliveFile,
     ) -> None:
         self._engine = engine
         self._hints = hints
@@ -84,13 +83,10 @@ class _Scheduler(Scheduler):  # type: ignore[misc]
         return connected(self.connection, asks=lambda: None)
 
 
-def alive_file() -> Path:
-    """Return the file whose age tells when the last tick was done, for ``--check``."""
-    return Path(tempfile.gettempdir()) / f"stillroom-beat-{os.getuid()}"
-
-
 def serve(engine: Engine, *, settings: Settings, clock: Callable[[], datetime], stop: Stop) -> int:
     """Tick until told to stop; return the exit status."""
+    alive = AliveFile.of(settings)
+    alive.prepare()
     hints = CeleryHints(make_celery(settings))
     reconciler = Reconciler(
         engine,
@@ -98,7 +94,7 @@ def serve(engine: Engine, *, settings: Settings, clock: Callable[[], datetime], 
         rules=Rules.of(settings),
         clock=clock,
         stop=stop,
-        alive=alive_file(),
+        alive=alive,
     )
     app = make_celery(settings)
 
@@ -109,9 +105,14 @@ def serve(engine: Engine, *, settings: Settings, clock: Callable[[], datetime], 
     beat = EmbeddedService(app, thread=True, scheduler_cls=_Scheduler)
     beat.start()
     try:
-        return consume(
-            app, queue=CONTROL, name=f"beat-{os.getpid()}@{settings.node_name}", stop=stop
+        consume(
+            app,
+            queue=CONTROL,
+            name=f"beat-{os.getpid()}@{settings.node_name}",
+            stop=stop,
+            meanwhile=reconciler.tick,
         )
+        return 0
     finally:
         beat.service.stop()
         hints.close()

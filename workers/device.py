@@ -1,14 +1,12 @@
 """The device of a worker: whether it is there, and how much memory it offers."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 from workers.threads import groups
 
-DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
 PROBE_S = 120
 _PROBE = """
 import sys, torch

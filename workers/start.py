@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from pydantic import ValidationError, model_validator
-from pydantic_settings import SettingsError
 from sqlalchemy import Engine
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session
@@ -27,15 +25,12 @@ from core.settings import Settings
 from workers import threads
 from workers.device import memory_of
 from workers.outages import told
+from workers.settings import StartRefused
 from workers.stop import Stop
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 LOOK_EVERY = timedelta(seconds=1)
-
-
-class StartRefused(RuntimeError):
-    """This process cannot work as it was started; the message says why, in one line."""
 
 
 class Stopped(Exception):
@@ -44,38 +39,6 @@ class Stopped(Exception):
 
 class _NotYet(RuntimeError):
     """Something is missing that may come."""
-
-
-class WorkerSettings(Settings):
-    """The settings of a process that serves nobody: it needs no key, and should get none."""
-
-    @model_validator(mode="after")
-    def _open_door(self) -> "WorkerSettings":
-        return self
-
-
-def read_settings(*, team: bool) -> Settings:
-    """Return the settings.
-
-    Raises:
-        StartRefused: a variable is wrong, or team mode lacks its two addresses.
-    """
-    try:
-        settings = WorkerSettings()
-    except ValidationError as error:
-        raise StartRefused("; ".join(map(_wrong, error.errors(include_url=False)))) from None
-    except SettingsError as error:
-        raise StartRefused(f"{' '.join(str(error).split())}; write it as JSON") from None
-    if team and settings.broker_url is None:
-        raise StartRefused("STILL_BROKER_URL is not set; write it like redis://:password@host/0")
-    return settings
-
-
-def _wrong(error: Any) -> str:
-    """Name the variable and what was wrong; not its value, which may hold a password."""
-    name = "_".join(str(step) for step in error["loc"][:1]).upper()
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return f"STILL_{name}: {message}" if name else message
 
 
 def utc_now() -> datetime:

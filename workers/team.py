@@ -41,10 +41,8 @@ def serve(loop: DeviceLoop, *, settings: Settings, kind: str, stop: Stop) -> int
     thread = threading.Thread(target=work, name="device")
     thread.start()
     try:
-        status = consume(
-            app, queue=kind, name=f"{kind}-{os.getpid()}@{settings.node_name}", stop=stop
-        )
+        consume(app, queue=kind, name=f"{kind}-{os.getpid()}@{settings.node_name}", stop=stop)
     finally:
         stop.tell()
         thread.join()
-    return 1 if crashed else status
+    return 1 if crashed else 0

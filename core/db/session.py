@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from core.db.models import Base
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 _READ = "stillroom_read"
 PATIENCE = {
@@ -78,13 +79,18 @@ def insert_new(session: Session, table: type[Base], values: Mapping[str, Any]) -
 
 def upgrade(engine: Engine, *, revision: str = "head") -> None:
     """Bring the schema to ``revision``; safe to call at every start."""
+    from alembic import command  # noqa: PLC0415 - see migrating
+
     with migrating(engine) as config:
         command.upgrade(config, revision)
 
 
 @contextmanager
-def migrating(engine: Engine) -> Iterator[Config]:
+def migrating(engine: Engine) -> "Iterator[Config]":
     """Yield Alembic's configuration on one transaction; commits at the end."""
+    # Only who migrates pays for loading Alembic: a health check runs every few seconds.
+    from alembic.config import Config  # noqa: PLC0415
+
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with engine.connect() as connection:

@@ -104,6 +104,23 @@ def make_celery(settings: Settings) -> "Celery":
     return app
 
 
+def drop_hints(app: "Celery", queue: str) -> None:
+    """Empty ``queue``, and what Redis keeps of messages that were taken but not acknowledged.
+
+    That store is one for all queues, and may bring a message back. A hint is acknowledged before
+    it is answered and lost without harm, so nothing there is worth a thought. Never raises.
+    """
+    once = {"max_retries": 0}
+    try:
+        with app.connection_for_write(transport_options=once) as connection:
+            channel = connection.default_channel
+            # Whatever their type: DEL works where reading one by one would fail again.
+            names = [channel._q_for_pri(queue, step) for step in channel.priority_steps]
+            channel.client.delete(*names, channel.unacked_key, channel.unacked_index_key)
+    except Exception as error:  # noqa: BLE001 - on the way out of a failure already
+        log.warning("could not drop the hints of queue %s: %s", queue, error)
+
+
 class CeleryHints:
     """Publishes hints from a thread of its own, so that a broker's trouble slows no caller."""
 

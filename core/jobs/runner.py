@@ -183,7 +183,11 @@ class Runner:
                 worker=self.owner,
             ) as mark,
         ):
-            mark.ended(self._attempt(claim))
+            began = time.monotonic()
+            outcome = self._attempt(claim)
+            mark.ended(outcome)
+            seconds = time.monotonic() - began
+            log.info("chunk %s/%s: %s, %.2f s", claim.stage, claim.index, outcome, seconds)
         return True
 
     def _attempt(self, claim: Claim) -> str:

@@ -21,10 +21,9 @@ from scripts.processes import Guard, Process
 from scripts.servers import REDIS_MISSING, Redis
 from tests import life
 from tests.workers.napping import KINDS
-from workers.beat import alive_file
 
 LEASE_S = 3.0
-ALIVE = alive_file().name
+ALIVE = "stillroom-*/beat-*"
 
 
 def now() -> datetime:
@@ -130,7 +129,8 @@ class Crew:
         """Start so many beats at once, and wait until each has ticked."""
         started = [self.start("--beat") for _ in range(count)]
         for beat in started:
-            beat.wait_until((self._folder / beat.name / ALIVE).exists)
+            folder = self._folder / beat.name
+            beat.wait_until(lambda folder=folder: any(folder.glob(ALIVE)))
         return started
 
     def pool(self) -> list[str]:

@@ -20,9 +20,11 @@ from core.settings import Settings
 from tests.workers.conftest import now, wait_for
 from workers import start, threads
 from workers.__main__ import main
-from workers.check import check_beat, check_worker
+from workers.alive import AliveFile
+from workers.check import check_worker
 from workers.device import DeviceMissing, machine_memory, memory_of
-from workers.start import StartRefused, Stopped
+from workers.settings import StartRefused
+from workers.start import Stopped
 from workers.stop import Stop
 
 GIB = 2**30
@@ -255,13 +257,35 @@ def test_a_check_tells_whether_the_worker_here_is_well(bound: Engine, store: Loc
 
 
 def test_a_check_tells_whether_the_beat_is_well(tmp_path: Path) -> None:
-    alive = tmp_path / "alive"
-    assert check_beat(alive) == "no tick yet"
+    alive = AliveFile(tmp_path / "own" / "alive")
+    assert alive.wrong() == "no tick yet"
 
+    alive.prepare()
     alive.touch()
-    assert check_beat(alive) is None
-    os.utime(alive, (time.time() - 60,) * 2)
-    assert check_beat(alive) == "the last tick was 60 s ago"
+    assert alive.wrong() is None
+    os.utime(alive.path, (time.time() - 60,) * 2)
+    assert alive.wrong() == "the last tick was 60 s ago"
+
+
+def test_two_beats_of_one_machine_do_not_mask_each_other(tmp_path: Path) -> None:
+    def path(**more: str) -> Path:
+        return AliveFile.of(Settings.model_validate({"data_dir": tmp_path, **more})).path
+
+    assert len({path(), path(database_url="sqlite:///other"), path(node="mill")}) == 3
+    assert path() == path()
+
+
+def test_a_tick_follows_no_link_and_trusts_no_shared_folder(tmp_path: Path) -> None:
+    alive = AliveFile(tmp_path / "own" / "alive")
+    alive.prepare()
+    alive.path.symlink_to(tmp_path / "aim")
+    with pytest.raises(OSError, match="symbolic links"):
+        alive.touch()
+
+    alive.path.parent.chmod(0o777)
+    with pytest.raises(StartRefused, match="of this user alone"):
+        alive.prepare()
+    assert not (tmp_path / "aim").exists()
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -346,8 +370,16 @@ def test_workers_of_a_server_get_no_key(tmp_path: Path) -> None:
 
 
 def test_an_embedded_worker_needs_no_celery() -> None:
+    code = "import sys; sys.modules['celery'] = sys.modules['kombu'] = None; import workers.process"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_check_loads_nothing_of_the_runner() -> None:
     code = (
-        "import sys; sys.modules['celery'] = sys.modules['kombu'] = None; import workers.__main__"
+        "import sys; import workers.__main__, workers.check, workers.alive\n"
+        "found = {'celery', 'core.jobs.runner', 'core.kinds', 'numpy'} & set(sys.modules)\n"
+        "assert not found, found"
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
