@@ -7,8 +7,8 @@ ended within the window, from SQL. A start counts ten seconds at once (the entry
 may keep a project some seconds behind for good: the window is long enough for that to be little.
 
 Burst: while 1,000 fits of one project are being worked off, another project submits a single job
-now and then. Counted are the chunks of the burst that started after the single job was submitted
-and before it started, for each worker.
+now and then. Counted are the chunks of the burst that each worker started after the single job was
+committed, so that it could be seen, and before it started. PostgreSQL notes the commits.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, literal_column, select, text
 
 from bench._load import Member, ended_well, member, percentile, write_pairs
 from bench._report import Figure, options, print_table, verdict
 from client import Stillroom
-from core.db.models import Chunk, Job
+from core.db.models import Chunk, Event, Job
 from core.db.session import make_engine, reading
 from core.jobs.states import READY_CHUNK, ChunkState
 from scripts.team import Options, Team
@@ -136,16 +136,25 @@ def show_shares(got: Sequence[Got]) -> float:
     return worst
 
 
-def delays(folder: Path, *, burst: int, singles: int, seed: int) -> list[tuple[int, float, float]]:
-    """Work off a burst; return for each single job its delay in chunks and seconds, and a chunk's.
+@dataclass(frozen=True)
+class Delay:
+    """What stood between a single job and its start."""
 
-    The delay in chunks is that of the worker that started the most of them.
-    """
+    chunks: int
+    """Of the burst, by the worker that started the most of them."""
+    seconds: float
+    usual_s: float
+    """How long a chunk of the burst lasts."""
+
+
+def delays(folder: Path, *, burst: int, singles: int, seed: int) -> list[Delay]:
+    """Work off a burst; return how long each single job of another project waited."""
     rng = random.Random(seed)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(Options(workers=WORKERS, apis=2)))
         engine = make_engine(team.database_url)
         stack.callback(engine.dispose)
+        _note_commits(team, engine)
         many = member(team.url, team.api_key, "many")
         few = member(team.url, team.api_key, "few")
         submit_all(team.urls[0], many, folder, SMALL, burst)
@@ -162,26 +171,32 @@ def delays(folder: Path, *, burst: int, singles: int, seed: int) -> list[tuple[i
         return found
 
 
-def _delay(engine: Engine, job_id: str, rival: str) -> tuple[int, float, float]:
+def _note_commits(team: Team, engine: Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ALTER SYSTEM SET track_commit_timestamp = on"))
+    engine.dispose()
+    team.restart_postgres("fast")
+    team.wait_workers(WORKERS)
+
+
+def _delay(engine: Engine, job_id: str, rival: str) -> Delay:
+    committed = select(func.pg_xact_commit_timestamp(literal_column("events.xmin"))).where(
+        Event.job_id == job_id, Event.type == "job.submitted"
+    )
     with reading(engine) as session:
         job = session.get_one(Job, job_id)
         assert job.started_at is not None
-        between = (
-            select(Chunk.owner)
-            .join(Job, Job.id == Chunk.job_id)
-            .where(
-                Job.project_id == rival,
-                Chunk.started_at > job.created_at,
-                Chunk.started_at < job.started_at,
-            )
+        rivals = select(Chunk).join(Job, Job.id == Chunk.job_id).where(Job.project_id == rival)
+        between = rivals.where(
+            Chunk.started_at > committed.scalar_subquery(), Chunk.started_at < job.started_at
         )
-        each = Counter(session.scalars(between))
-        usual = select(func.avg(Chunk.seconds)).join(Job, Job.id == Chunk.job_id)
-        seconds = session.scalar(
-            usual.where(Job.project_id == rival, Chunk.state == ChunkState.DONE)
+        each = Counter(chunk.owner for chunk in session.scalars(between))
+        usual = rivals.where(Chunk.state == ChunkState.DONE).with_only_columns(
+            func.avg(Chunk.seconds)
         )
+        usual_s = float(session.scalar(usual) or 0)
     waited_s = (job.started_at - job.created_at).total_seconds()
-    return max(each.values(), default=0), waited_s, float(seconds or 0)
+    return Delay(max(each.values(), default=0), waited_s, usual_s)
 
 
 def main() -> int:
@@ -197,19 +212,19 @@ def main() -> int:
         folder = Path(name)
         worst = show_shares(shares(folder, scale=told.scale, window_s=told.window_s))
         found = delays(folder, burst=told.burst, singles=told.singles, seed=told.seed)
-    waits = [wait for _, wait, _ in found]
     print_table(
         ["single jobs behind the burst", "median", "worst"],
         [
-            ("burst chunks started first, per worker", *_middle([n for n, _, _ in found])),
-            ("wait, s", *_middle(waits)),
-            ("a burst chunk lasts, s", found[-1][2], ""),
+            ("burst chunks started first, per worker", *_middle([one.chunks for one in found])),
+            ("wait from the request on, s", *_middle([one.seconds for one in found])),
+            ("a burst chunk lasts, s", found[-1].usual_s, ""),
         ],
     )
+    delay = max(one.chunks for one in found)
     return verdict(
         "fair_share",
         Figure("deviation from the share", worst, DEVIATION, at_most=True),
-        Figure("delay of a single job, chunks", max(n for n, _, _ in found), DELAY, at_most=True),
+        Figure("delay of a single job, chunks", delay, DELAY, at_most=True),
         check=told.check,
     )
 

@@ -142,6 +142,7 @@ class Job(Base):
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
         Index(None, "kind", "state", "created_at"),
+        Index(None, "project_id", "name", "created_at"),
         Index(
             "ix_jobs_queue",
             "project_id",

@@ -158,6 +158,7 @@ class Runner:
     """Called from the heartbeat when a chunk neither moves nor stops; ends the process."""
     hints: Hints = field(default_factory=NoHints)
     _running: Heartbeat | None = field(default=None, init=False)
+    _busy: bool = field(default=False, init=False)
 
     def interrupt(self) -> None:
         """Make the running chunk go back to the queue at its next report; for another thread."""
@@ -210,11 +211,13 @@ class Runner:
     def _claim(self) -> Claim | None:
         """Take the best ready chunk; None where nothing is ready for this place."""
         while True:
-            with reading(self.engine) as session:
-                if self._pick(session) is None:
-                    return None
+            if not self._busy:  # right after a chunk there mostly is another: look but once
+                with reading(self.engine) as session:
+                    if self._pick(session) is None:
+                        return None
             with transaction(self.engine) as session:
                 best = self._pick(session, lock=True)
+                self._busy = best is not None
                 if best is None:
                     return None
                 claim = lease.claim(

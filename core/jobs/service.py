@@ -13,7 +13,7 @@ from core.db.session import insert_new
 from core.errors import InFlight, NotFound, SpecInvalid
 from core.jobs import events, planning, projects
 from core.jobs.ids import new_id
-from core.jobs.states import JobState
+from core.jobs.states import TERMINAL, JobState
 from core.specs.base import LABEL_KEY, JobSpec
 
 REPLAY_FOR = timedelta(hours=24)
@@ -155,6 +155,9 @@ def list_jobs(
     for column, wanted in asked:
         if wanted is not None:
             query = query.where(column == wanted)
+    if state is not None and state not in TERMINAL:
+        # Says nothing new, but the index of open jobs is asked for in these words.
+        query = query.where(Job.finished_at.is_(None))
     for key, value in (labels or {}).items():
         if not LABEL_KEY.fullmatch(key):
             raise SpecInvalid(f"label: the key {key!r}; allowed: {LABEL_KEY.pattern}")

@@ -167,6 +167,11 @@ def upgrade() -> None:
             unique=False,
         )
         batch_op.create_index(
+            batch_op.f("ix_jobs_project_id_jobs_name_jobs_created_at"),
+            ["project_id", "name", "created_at"],
+            unique=False,
+        )
+        batch_op.create_index(
             "ix_jobs_open",
             ["state", "project_id"],
             unique=False,
@@ -328,6 +333,7 @@ def downgrade() -> None:
         )
         batch_op.drop_index("ix_jobs_over")
         batch_op.drop_index(batch_op.f("ix_jobs_kind_jobs_state_jobs_created_at"))
+        batch_op.drop_index(batch_op.f("ix_jobs_project_id_jobs_name_jobs_created_at"))
         batch_op.drop_index(
             "ix_jobs_deadline",
             sqlite_where=sa.text("finished_at IS NULL AND deadline_at IS NOT NULL"),
