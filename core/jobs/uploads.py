@@ -64,7 +64,6 @@ class Uploads:
                 pointer="/size_bytes",
             )
         now = self.clock()
-        self.folder.mkdir(parents=True, exist_ok=True)
         upload = Upload(
             id=new_id("up"),
             project_id=project,
@@ -202,6 +201,7 @@ class Uploads:
 
         An import that goes on elsewhere holds its part's lock, and is left alone.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         with reading(self.engine) as session:
             cut = session.scalars(select(Upload).where(Upload.state == "importing")).all()
         for upload in cut:

@@ -118,7 +118,7 @@ def test_teacher_against_one_rotation_is_always_said() -> None:
 
 def test_a_student_of_another_model_is_refused() -> None:
     spec = judging.Spec.model_validate(judging.KIND.example)
-    facts = {"dim": 12, "pairs": None, "held_out": 3, "rows": 5}
+    facts = {"dim": 12, "pairs": None, "held_out": 3, "rows": 5, "clusters": 2}
     inputs = {
         "pairs": Input(spec.pairs, "pairs", facts),
         "model": Input(spec.model, "federated_model", facts),
