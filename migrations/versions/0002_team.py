@@ -67,8 +67,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
         sa.UniqueConstraint("digest", name=op.f("uq_api_keys_digest")),
     )
-    with op.batch_alter_table("api_keys", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_api_keys_project_id"), ["project_id"], unique=False)
+    with op.batch_alter_table("api_keys") as batch_op:
+        batch_op.create_index(batch_op.f("ix_api_keys_project_id"), ["project_id"])
 
     op.create_table(
         "audit",
@@ -88,12 +88,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_audit")),
         sqlite_autoincrement=True,
     )
-    with op.batch_alter_table("audit", schema=None) as batch_op:
+    with op.batch_alter_table("audit") as batch_op:
         batch_op.create_index(
             batch_op.f("ix_audit_project_id_audit_id"), ["project_id", "id"], unique=False
         )
 
-    with op.batch_alter_table("chunks", schema=None) as batch_op:
+    with op.batch_alter_table("chunks") as batch_op:
         batch_op.add_column(sa.Column("device", sa.String(), nullable=True))
         batch_op.add_column(
             sa.Column("memory_bytes", sa.BigInteger(), nullable=False, server_default="0")
@@ -129,7 +129,7 @@ def upgrade() -> None:
     # A day's memory of answered requests: not worth moving to the new key.
     op.drop_table("idempotency_keys")
     _make_idempotency_keys(sa.Column("project_id", sa.String(), nullable=False))
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
+    with op.batch_alter_table("jobs") as batch_op:
         batch_op.add_column(
             sa.Column("project_id", sa.String(), nullable=False, server_default=FIRST_PROJECT)
         )
@@ -162,14 +162,11 @@ def upgrade() -> None:
             postgresql_where=sa.text("finished_at IS NULL AND deadline_at IS NOT NULL"),
         )
         batch_op.create_index(
-            batch_op.f("ix_jobs_kind_jobs_state_jobs_created_at"),
-            ["kind", "state", "created_at"],
-            unique=False,
+            batch_op.f("ix_jobs_kind_jobs_state_jobs_created_at"), ["kind", "state", "created_at"]
         )
         batch_op.create_index(
             batch_op.f("ix_jobs_project_id_jobs_name_jobs_created_at"),
             ["project_id", "name", "created_at"],
-            unique=False,
         )
         batch_op.create_index(
             "ix_jobs_open",
@@ -181,7 +178,6 @@ def upgrade() -> None:
         batch_op.create_index(
             batch_op.f("ix_jobs_project_id_jobs_created_at_jobs_id"),
             ["project_id", "created_at", "id"],
-            unique=False,
         )
         batch_op.create_index(
             "ix_jobs_over",
@@ -197,7 +193,7 @@ def upgrade() -> None:
             sqlite_where=sa.text("state IN ('queued', 'running')"),
             postgresql_where=sa.text("state IN ('queued', 'running')"),
         )
-        batch_op.create_index(batch_op.f("ix_jobs_retry_of"), ["retry_of"], unique=False)
+        batch_op.create_index(batch_op.f("ix_jobs_retry_of"), ["retry_of"])
         batch_op.create_foreign_key(
             batch_op.f("fk_jobs_project_id"), "projects", ["project_id"], ["id"]
         )
@@ -207,7 +203,7 @@ def upgrade() -> None:
     with op.batch_alter_table("jobs") as batch_op:
         batch_op.drop_column("priority")
 
-    with op.batch_alter_table("outputs", schema=None) as batch_op:
+    with op.batch_alter_table("outputs") as batch_op:
         batch_op.add_column(
             sa.Column("pinned", sa.Boolean(), nullable=False, server_default=sa.false())
         )
@@ -218,7 +214,7 @@ def upgrade() -> None:
             sqlite_where=sa.text("role = 'checkpoint'"),
             postgresql_where=sa.text("role = 'checkpoint'"),
         )
-    op.create_index("ix_artifacts_size", "artifacts", ["sha256", "size_bytes"], unique=False)
+    op.create_index("ix_artifacts_size", "artifacts", ["sha256", "size_bytes"])
     op.create_index(
         "ix_events_failed",
         "events",
@@ -228,14 +224,12 @@ def upgrade() -> None:
         postgresql_where=sa.text("type = 'chunk.failed'"),
     )
 
-    with op.batch_alter_table("uploads", schema=None) as batch_op:
+    with op.batch_alter_table("uploads") as batch_op:
         batch_op.add_column(
             sa.Column("project_id", sa.String(), nullable=False, server_default=FIRST_PROJECT)
         )
         batch_op.create_index(
-            batch_op.f("ix_uploads_project_id_uploads_created_at"),
-            ["project_id", "created_at"],
-            unique=False,
+            batch_op.f("ix_uploads_project_id_uploads_created_at"), ["project_id", "created_at"]
         )
         batch_op.create_foreign_key(
             batch_op.f("fk_uploads_project_id"), "projects", ["project_id"], ["id"]
@@ -243,7 +237,7 @@ def upgrade() -> None:
 
     # Whoever is alive says so again within seconds.
     op.execute("DELETE FROM workers")
-    with op.batch_alter_table("workers", schema=None) as batch_op:
+    with op.batch_alter_table("workers") as batch_op:
         batch_op.add_column(sa.Column("node_id", sa.String(), nullable=False))
         batch_op.add_column(sa.Column("kind", sa.String(), nullable=False))
         batch_op.add_column(
@@ -294,7 +288,7 @@ def _sum_up_jobs() -> None:
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("workers", schema=None) as batch_op:
+    with op.batch_alter_table("workers") as batch_op:
         batch_op.drop_constraint(batch_op.f("fk_workers_node_id"), type_="foreignkey")
         batch_op.drop_column("busy_seconds")
         batch_op.drop_column("threads")
@@ -302,18 +296,18 @@ def downgrade() -> None:
         batch_op.drop_column("kind")
         batch_op.drop_column("node_id")
 
-    with op.batch_alter_table("uploads", schema=None) as batch_op:
+    with op.batch_alter_table("uploads") as batch_op:
         batch_op.drop_constraint(batch_op.f("fk_uploads_project_id"), type_="foreignkey")
         batch_op.drop_index(batch_op.f("ix_uploads_project_id_uploads_created_at"))
         batch_op.drop_column("project_id")
 
     op.drop_index("ix_events_failed", table_name="events")
     op.drop_index("ix_artifacts_size", table_name="artifacts")
-    with op.batch_alter_table("outputs", schema=None) as batch_op:
+    with op.batch_alter_table("outputs") as batch_op:
         batch_op.drop_index("ix_outputs_checkpoints")
         batch_op.drop_column("pinned")
 
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
+    with op.batch_alter_table("jobs") as batch_op:
         batch_op.add_column(
             sa.Column("priority", sa.BigInteger(), nullable=False, server_default="50")
         )
@@ -363,7 +357,7 @@ def downgrade() -> None:
 
     op.drop_table("idempotency_keys")
     _make_idempotency_keys()
-    with op.batch_alter_table("chunks", schema=None) as batch_op:
+    with op.batch_alter_table("chunks") as batch_op:
         batch_op.drop_index(
             "ix_chunks_running",
             sqlite_where=sa.text("state = 'running'"),
@@ -379,7 +373,7 @@ def downgrade() -> None:
             sqlite_where=sa.text("state NOT IN ('done', 'skipped')"),
             postgresql_where=sa.text("state NOT IN ('done', 'skipped')"),
         )
-        batch_op.create_index(batch_op.f("ix_chunks_state"), ["state"], unique=False)
+        batch_op.create_index(batch_op.f("ix_chunks_state"), ["state"])
         batch_op.drop_column("failures")
         batch_op.add_column(
             sa.Column("failures", sa.BigInteger(), nullable=False, server_default="0")
@@ -390,11 +384,11 @@ def downgrade() -> None:
         batch_op.drop_column("memory_bytes")
         batch_op.drop_column("device")
 
-    with op.batch_alter_table("audit", schema=None) as batch_op:
+    with op.batch_alter_table("audit") as batch_op:
         batch_op.drop_index(batch_op.f("ix_audit_project_id_audit_id"))
 
     op.drop_table("audit")
-    with op.batch_alter_table("api_keys", schema=None) as batch_op:
+    with op.batch_alter_table("api_keys") as batch_op:
         batch_op.drop_index(batch_op.f("ix_api_keys_project_id"))
 
     op.drop_table("api_keys")
