@@ -111,6 +111,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # the framework's pages load scripts from elsewhere; ours is api/pages
         redoc_url=None,
+        redirect_slashes=False,  # it would answer with the Host header's word for where we are
         openapi_url=None,  # api/pages serves it too, by the same rules as every route
         # The framework's own would export messages and addresses; core/tracing says what we tell.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},

@@ -81,14 +81,25 @@ class StrictRoute(APIRoute):
 
         async def strict(request: Request) -> Response:
             if takes_body:
-                _check_media_type(request)
+                _check_headers(request)
             return await handle(StrictRequest(request.scope, request.receive))
 
         return strict
 
 
-def _check_media_type(request: Request) -> None:
+def _check_headers(request: Request) -> None:
+    """Refuse what would change the meaning of the body and be overlooked."""
+    for name in ("Content-Type", "Content-Encoding", "Idempotency-Key"):
+        if len(request.headers.getlist(name)) > 1:
+            raise HTTPException(400, f"{name} is given more than once")
+    encoded = request.headers.get("content-encoding", "identity")
+    if encoded.lower() != "identity":
+        raise HTTPException(415, f"Content-Encoding is {encoded!r}; send the body as it is")
     found = request.headers.get("content-type", "")
     if found.partition(";")[0].strip().lower() != "application/json":
         told = f"Content-Type is {found!r}" if found else "Content-Type is missing"
         raise HTTPException(415, f"{told}; send application/json")
+    for parameter in found.split(";")[1:]:
+        name, _, value = parameter.strip().lower().partition("=")
+        if name == "charset" and value.strip('"') not in ("utf-8", "utf8"):
+            raise HTTPException(415, f"Content-Type is {found!r}; send it in UTF-8")

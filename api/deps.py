@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -40,29 +40,34 @@ REMEMBERED = 10_000
 
 
 class Lane:
-    """Threads of its own for long work: the pool that answers everything else stays free."""
+    """Threads of its own for long work: the pool that answers everything else stays free.
+
+    One project takes half of the places at most, so it cannot keep the others out.
+    """
 
     def __init__(self, what: str, places: int, *, wait_s: float) -> None:
         self._what = what
         self._places = Semaphore(places)
+        self._half = max(1, places // 2)
+        self._of_project: dict[str, Semaphore] = {}
         self._wait_s = wait_s
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in a thread once a place is free; waiting holds no thread.
+    async def run(self, work: Callable[[], T], *, project: str) -> T:
+        """Run a project's ``work`` in a thread once a place is free; waiting holds no thread.
 
         Raises:
             Busy: no place became free.
         """
-        try:
-            with fail_after(self._wait_s):
-                await self._places.acquire()
-        except TimeoutError:
-            raise Busy(f"too many {self._what} at once; send the request again") from None
-        try:
+        own = self._of_project.setdefault(project, Semaphore(self._half))
+        async with AsyncExitStack() as held:
+            try:
+                with fail_after(self._wait_s):
+                    for places in (own, self._places):
+                        await held.enter_async_context(places)
+            except TimeoutError:
+                raise Busy(f"too many {self._what} at once; send the request again") from None
             # The place is the limit; a fresh limiter keeps the work out of the common pool.
             return await to_thread.run_sync(work, limiter=CapacityLimiter(1))
-        finally:
-            self._places.release()
 
 
 class Foretold:

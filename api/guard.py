@@ -1,5 +1,6 @@
 """Who may come in: host, origin, key and size are checked before any route. Closed by default."""
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 from urllib.parse import quote, urlsplit
@@ -23,6 +24,8 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/login"})
 OPEN_FOLDERS = ("/static/",)
 """All that answers without a key."""
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+LEAST_RATE = 1024
+"""Bytes a second, on average, at which a body that takes long must come at least."""
 PAGE_HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -161,9 +164,14 @@ def too_large(limit_bytes: int) -> str:
     return f"the body is larger than the limit of {limit_bytes} bytes"
 
 
+def _late(what: str) -> HTTPException:
+    told = f"{what}; what came of an upload is kept"
+    return HTTPException(408, told, headers={"Connection": "close"})
+
+
 def _watched(receive: Receive, limit: int, idle_s: float) -> Receive:
-    """Stop reading a body that passes ``limit`` without having said so, or that stops coming."""
-    seen, whole = 0, False
+    """Stop reading a body that passes ``limit`` without having said so, stops coming or drips."""
+    seen, whole, began = 0, False, time.monotonic()
 
     async def watching() -> Message:
         nonlocal seen, whole
@@ -173,13 +181,15 @@ def _watched(receive: Receive, limit: int, idle_s: float) -> Receive:
             with fail_after(idle_s):
                 message = await receive()
         except TimeoutError:
-            told = f"no byte of the body came for {idle_s:g} s; what came of an upload is kept"
-            raise HTTPException(408, told, headers={"Connection": "close"}) from None
+            raise _late(f"no byte of the body came for {idle_s:g} s") from None
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if seen > limit:
                 raise HTTPException(413, too_large(limit))
+            gone_s = time.monotonic() - began
+            if not whole and gone_s > idle_s and seen < gone_s * LEAST_RATE:
+                raise _late(f"{seen} bytes of the body came in {gone_s:.0f} s")
         return message
 
     return watching

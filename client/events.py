@@ -13,13 +13,14 @@ from client.views import TERMINAL, Job
 from client.wire import Patience, Wire
 
 LAST = frozenset(f"job.{state}" for state in TERMINAL)
+RESET = "reset"
 SILENCE_S = 45.0
 """The server says something every 15 s; three missed heartbeats are an outage."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job. ``progress`` events carry no number."""
+    """Something that happened to a job. ``progress`` and ``reset`` events carry no number."""
 
     id: int | None
     type: str
@@ -27,7 +28,10 @@ class Event:
 
 
 def follow(wire: Wire, job_id: str, *, after: int) -> Iterator[Event]:
-    """Yield every event numbered above ``after``, once each, until the job's last one."""
+    """Yield every event numbered above ``after``, once each, until the job's last one.
+
+    A server that does not know the number says `reset`, which is passed on, and starts over.
+    """
     patience = Patience(wire)
     while True:
         began = after
@@ -36,6 +40,8 @@ def follow(wire: Wire, job_id: str, *, after: int) -> Iterator[Event]:
                 patience.worked()
                 if event.id is not None and event.id <= after:
                     continue
+                if event.type == RESET:
+                    after = 0
                 after = after if event.id is None else event.id
                 yield event
                 if event.type in LAST:
@@ -64,8 +70,8 @@ def _read(sent: httpx2.ServerSentEvent) -> Event:
         data = json.loads(sent.data) if sent.data else {}
     except ValueError:
         data = {}
-    # The SSE rules keep the last id for events without one; only progress comes without.
-    numbered = sent.event != "progress" and sent.id.isdigit()
+    # The SSE rules keep the last id for events without one; only these two come without.
+    numbered = sent.event not in ("progress", RESET) and sent.id.isdigit()
     data = data if isinstance(data, dict) else {}
     return Event(int(sent.id) if numbered else None, sent.event, data)
 

@@ -69,6 +69,13 @@ class QuotaExceeded(StillroomError):
     retryable = True
 
 
+class StorageFull(QuotaExceeded):
+    """The project holds as many bytes as it may; waiting frees none."""
+
+    status = 409
+    retryable = False
+
+
 class NotFound(StillroomError):
     """No such thing, or not yours to see."""
 

@@ -1,6 +1,5 @@
 """The list of jobs, a job's own page, and the buttons on it."""
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -15,10 +14,9 @@ from api.routes import jobs as resource
 from api.routes.checkpoints import IndexPath, StagePath, kept, set_pinned
 from api.routes.jobs import JobChange, JobIdPath
 from api.views import EventView, JobView, WorkerView
-from core.db.models import Event
 from core.errors import SpecInvalid
-from core.jobs import pool, projects, service
-from core.jobs.events import list_events
+from core.jobs import control, pool, projects, service
+from core.jobs.events import latest
 from core.jobs.keys import Principal
 from core.jobs.states import TERMINAL, JobState
 from core.kinds._base import kinds
@@ -78,7 +76,8 @@ def show(job_id: JobIdPath, request: Request, ctx: Ctx, by: Reader) -> Response:
     with ctx.reading() as session:
         found = service.get(session, job_id, project=by.project_id)
         job: JobView = ctx.show_one(session, found)
-        events = list_events(session, job_id, after=0, limit=EVENTS_SHOWN)
+        events = latest(session, job_id, limit=EVENTS_SHOWN)
+        retried_as = control.retried_as(session, job_id)
     artifacts = resource.outputs(ctx, by, job_id).items
     return page(
         request,
@@ -89,14 +88,8 @@ def show(job_id: JobIdPath, request: Request, ctx: Ctx, by: Reader) -> Response:
         artifacts=artifacts,
         checkpoints=kept(ctx, by, job_id),
         uses={output.format: uses_of(output.format) for output in artifacts},
-        retried_as=_retried_as(events),
+        retried_as=retried_as,
     )
-
-
-def _retried_as(events: Sequence[Event]) -> str | None:
-    """Return the job that goes on with this one."""
-    found = [event.data["retried_as"] for event in events if event.type == "job.retried"]
-    return found[-1] if found else None
 
 
 @router.post("/jobs/{job_id}/cancel")

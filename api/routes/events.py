@@ -16,7 +16,7 @@ from api.routes.jobs import JobIdPath
 from api.views import EventPage, EventView, ProgressView
 from core.errors import Unauthorized
 from core.jobs import service
-from core.jobs.events import TERMINAL_EVENTS, list_events
+from core.jobs.events import TERMINAL_EVENTS, last_id, list_events
 from core.jobs.keys import Principal
 from core.jobs.states import JobState
 from core.jobs.status import JobStatus
@@ -60,22 +60,31 @@ async def events(
     The stream replays what came after `after` (or Last-Event-ID), goes on live, and ends after
     job.succeeded, job.failed or job.cancelled. An event `progress` without id carries the job's
     progress whenever it changes; of a job that does not run it says `waits_for`: why. A paused job
-    keeps its stream: job.pausing, job.paused and job.unpaused are events like the others. A comment
-    every 15 s keeps the connection.
+    keeps its stream: job.pausing, job.paused and job.unpaused are events like the others. Where the
+    number to go on from is beyond the job's last event (another server gave it out), an event
+    `reset` comes first and all are told from the start. A comment every 15 s keeps the connection.
     """
     if "text/event-stream" not in request.headers.get("accept", ""):
         return await run_in_threadpool(_page, ctx, by, job_id, after=after, limit=limit)
-    start = max(after, _resume_at(last_event_id))
+    asked = max(after, _resume_at(last_event_id))
+    start = await run_in_threadpool(_known, ctx, by, job_id, asked) if asked else 0
     first = await run_in_threadpool(look_at, ctx, by, job_id, after=start)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    stream = follow(ctx, by, job_id, first, start)
+    stream = follow(ctx, by, job_id, first, start, reset=start < asked)
     return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
 
 
 def _resume_at(last_event_id: str | None) -> int:
-    """A browser may send what another server numbered: then the stream starts over."""
+    """Return where the stream goes on; from the start where what was sent is no number."""
     text = last_event_id or ""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
+
+
+def _known(ctx: Context, by: Principal, job_id: str, asked: int) -> int:
+    """Return ``asked`` if the job's events came so far, else 0: the start."""
+    with ctx.reading() as session:
+        service.get(session, job_id, project=by.project_id)
+        return asked if asked <= last_id(session, job_id) else 0
 
 
 def _page(ctx: Context, by: Principal, job_id: str, *, after: int, limit: int) -> Response:
@@ -130,10 +139,13 @@ async def follow(
     look: Look,
     after: int,
     *,
+    reset: bool = False,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[str]:
     """Yield messages until the job is over, the reader or its key is gone, or the server ends."""
     told, spoke = "", time.monotonic()
+    if reset:
+        yield "event: reset\ndata: {}\n\n"
     while True:
         messages = [_message(event) for event in look.events]
         if _news(look.progress, told):

@@ -216,8 +216,8 @@ def sweep(
 
     What is younger than an hour stays. What a job made stays for as long as the job.
     """
-    gone = housekeeping.sweep(ctx.engine, ctx.store, now=ctx.clock(), dry_run=dry_run)
     if not dry_run:
-        with ctx.transaction() as session:
-            ctx.note(session, by, "sweep", "store", removed=len(gone))
+        with ctx.transaction() as session:  # before: what goes, goes in many transactions
+            ctx.note(session, by, "sweep", "store")
+    gone = housekeeping.sweep(ctx.engine, ctx.store, now=ctx.clock(), dry_run=dry_run)
     return SweepView(dry_run=dry_run, removed=gone)

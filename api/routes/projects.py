@@ -1,10 +1,10 @@
 """Projects: who shares the pool, up to which limits."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Self
 
 from fastapi import APIRouter, Path, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
 from api.bodies import StrictRoute
@@ -61,6 +61,12 @@ class ProjectChange(BaseModel):
     running_limit: Limit = Field(None, description="Chunks that run at once.")
     queued_limit: Limit = Field(None, description="Jobs that are not over.")
     storage_limit_bytes: Limit = Field(None, description="Of artifacts and uploads, each once.")
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"nothing to change; allowed: {', '.join(type(self).model_fields)}")
+        return self
 
 
 class UseView(View):

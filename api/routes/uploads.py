@@ -79,7 +79,7 @@ async def append(
         )
         return show(ctx, upload)
 
-    return await ctx.parts.run(work)
+    return await ctx.parts.run(work, project=by.project_id)
 
 
 @router.delete("/{upload_id}", status_code=204, summary="Discard an upload")
@@ -105,7 +105,9 @@ async def complete(
 
     upload = await run_in_threadpool(ctx.uploads.get, upload_id, project=by.project_id)
     # Only an open upload can be imported; of any other it is said at once how it stands.
-    run = ctx.imports.run if upload.state == "open" else run_in_threadpool
-    view = await run(work)
+    if upload.state == "open":
+        view = await ctx.imports.run(work, project=by.project_id)
+    else:
+        view = await run_in_threadpool(work)
     response.headers["Location"] = f"/v1/artifacts/{view.sha256}"
     return view

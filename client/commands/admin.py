@@ -143,9 +143,10 @@ def change_project(name: str, new_name: str | None, **given: Any) -> None:
 def _find(client: Stillroom, text: str) -> Project:
     """Return the project of that id or name, or end the command saying what there is."""
     found = client.projects()
-    for one in found:
-        if text in (one["id"], one["name"]):
-            return one
+    for field in ("id", "name"):  # an id is never somebody's choice
+        for one in found:
+            if text == one[field]:
+                return one
     there = ", ".join(one["name"] for one in found)
     raise click.BadParameter(f"no project {text!r}; there are: {there}", param_hint="PROJECT")
 

@@ -69,6 +69,9 @@ class Project(Base):
     storage_limit_bytes: Mapped[int | None]
     usage: Mapped[float] = mapped_column(default=0.0)
     usage_at: Mapped[datetime]
+    made_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Of what it made or sent, as counted at ``made_at``; only where storage has a limit."""
+    made_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
 
 
@@ -141,7 +144,9 @@ class Job(Base):
     cache_hits: Mapped[int] = mapped_column(default=0)
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
-        Index(None, "kind", "state", "created_at"),
+        Index(None, "project_id", "kind", "state", "created_at"),
+        Index(None, "project_id", "state", "created_at", "id"),
+        Index(None, "project_id", "kind", "created_at", "id"),
         Index(None, "project_id", "name", "created_at"),
         Index(
             "ix_jobs_queue",
@@ -350,7 +355,7 @@ class IdempotencyKey(Base):
     key: Mapped[str] = mapped_column(primary_key=True)
     body_sha256: Mapped[str]
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
-    created_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class ServiceFact(Base):

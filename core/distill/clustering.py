@@ -6,7 +6,7 @@ Clusters are numbered by their first row, none is empty, and each has at least
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -20,10 +20,24 @@ from core.tensors.shards import Array
 
 BLOCK_ROWS = 1024
 """Rows of the similarity matrix in memory at a time: [1024, n] float32."""
+LLOYD_ROUNDS = 300
+SLICE_FLOPS = 5e10
+"""Of k-means between two reports: some seconds of one core."""
+Report = Callable[[], None]
+"""Called every few seconds of work; what it raises ends the work."""
+
+
+def unheard() -> None:
+    """Take a report that nobody waits for."""
 
 
 def cluster(
-    vectors: Array, spec: Clustering, seed: int, groups: Sequence[str] | None = None
+    vectors: Array,
+    spec: Clustering,
+    seed: int,
+    groups: Sequence[str] | None = None,
+    *,
+    report: Report = unheard,
 ) -> Array:
     """Give every row the number of its cluster.
 
@@ -32,6 +46,7 @@ def cluster(
         spec: how.
         seed: of k-means; the other methods draw nothing.
         groups: [n] labels, needed by method ``groups`` alone.
+        report: called every few seconds.
 
     Returns:
         [n] int64 in [0, C).
@@ -48,8 +63,11 @@ def cluster(
         )
     units = _units(vectors)
     if isinstance(spec, Mst):
-        return _by_first_row(_mst(units, spec))
-    labels = _groups(groups, len(units)) if isinstance(spec, Groups) else _kmeans(units, spec, seed)
+        return _by_first_row(_mst(units, spec, report))
+    if isinstance(spec, Groups):
+        labels = _groups(groups, len(units))
+    else:
+        labels = _kmeans(units, spec, seed, report)
     return _by_first_row(merge_small(units, labels, spec.min_cluster_size))
 
 
@@ -112,20 +130,51 @@ def _groups(groups: Sequence[str] | None, rows: int) -> Array:
     return labels.astype(np.int64)
 
 
-def _kmeans(units: Array, spec: KMeans, seed: int) -> Array:
-    """Lloyd's algorithm on one thread: with several, sums are added in any order."""
+def _kmeans(units: Array, spec: KMeans, seed: int, report: Report) -> Array:
+    n, d = units.shape
     distinct = len(np.unique(units, axis=0))
-    count = min(spec.max_clusters, distinct, max(1, len(units) // spec.min_cluster_size))
-    with threadpool_limits(1):
-        fitted = LloydKMeans(count, n_init=1, random_state=seed, algorithm="lloyd").fit(units)
-    labels: Array = fitted.labels_.astype(np.int64)
-    return labels
+    count = min(spec.max_clusters, distinct, max(1, n // spec.min_cluster_size))
+    rounds = max(1, int(SLICE_FLOPS / (2.0 * n * max(d, 32) * count)))
+    return lloyd(units, count, seed=seed, rounds=rounds, report=report)
 
 
-def _mst(units: Array, spec: Mst) -> Array:
+def lloyd(units: Array, count: int, *, seed: int, rounds: int, report: Report = unheard) -> Array:
+    """Run k-means on one thread: with several, sums are added in any order.
+
+    Args:
+        units: [n, d] floating.
+        count: of clusters, at most the number of distinct rows.
+        seed: of the first centres.
+        rounds: after so many it reports, and goes on from its own centres; they change no label.
+        report: what it raises ends the work.
+
+    Returns:
+        [n] int64 in [0, count).
+    """
+    left, centres = LLOYD_ROUNDS, "k-means++"
+    while True:
+        report()
+        slice_ = min(rounds, left)
+        with threadpool_limits(1):
+            fitted = LloydKMeans(
+                count,
+                init=centres,
+                n_init=1,
+                max_iter=slice_,
+                random_state=seed,
+                algorithm="lloyd",
+            ).fit(units)
+        left -= slice_
+        if fitted.n_iter_ < slice_ or left == 0:
+            labels: Array = fitted.labels_.astype(np.int64)
+            return labels
+        centres = fitted.cluster_centers_
+
+
+def _mst(units: Array, spec: Mst, report: Report) -> Array:
     """Cut the longest edges of the tree whose both sides stay large enough."""
     n = len(units)
-    ends, lengths = spanning_tree(units)
+    ends, lengths = spanning_tree(units, report=report)
     graph = csr_array((np.ones(n - 1), (ends[:, 0], ends[:, 1])), shape=(n, n))
     order, parent = breadth_first_order(graph, 0, directed=False)
     below = np.ones(n, dtype=np.int64)  # rows in the subtree of each row
@@ -157,7 +206,7 @@ def _cut_above(child: int, parent: Array, below: Array, cut: Array, least: int) 
     cut[child] = True
 
 
-def spanning_tree(units: Array) -> tuple[Array, Array]:
+def spanning_tree(units: Array, *, report: Report = unheard) -> tuple[Array, Array]:
     """Find the minimum spanning tree under cosine distance, exactly, in O(n) blocks of memory.
 
     Boruvka's rounds: every component looks for its nearest outside row, one block of the
@@ -166,6 +215,7 @@ def spanning_tree(units: Array) -> tuple[Array, Array]:
 
     Args:
         units: [n, d] rows of length 1.
+        report: called for every block.
 
     Returns:
         Edges [n - 1, 2] int64 and their cosine distances [n - 1] float64.
@@ -174,7 +224,7 @@ def spanning_tree(units: Array) -> tuple[Array, Array]:
     component: Array = np.arange(n)
     edges = csr_array((n, n))
     while component.max(initial=0) > 0:
-        nearest, similarity = _nearest_outside(units, component)
+        nearest, similarity = _nearest_outside(units, component, report)
         best = np.lexsort((np.arange(n), -similarity, component))
         best = best[np.r_[True, np.diff(component[best]) > 0]]  # one row per component
         low, high = np.minimum(best, nearest[best]), np.maximum(best, nearest[best])
@@ -189,11 +239,12 @@ def spanning_tree(units: Array) -> tuple[Array, Array]:
     return np.stack([tree.row, tree.col], axis=1).astype(np.int64), tree.data - 1.0
 
 
-def _nearest_outside(units: Array, component: Array) -> tuple[Array, Array]:
+def _nearest_outside(units: Array, component: Array, report: Report) -> tuple[Array, Array]:
     """Return each row's most similar row of another component, and the similarity."""
     nearest = np.empty(len(units), dtype=np.int64)
     similarity = np.empty(len(units), dtype=np.float32)
     for start in range(0, len(units), BLOCK_ROWS):
+        report()
         block = slice(start, start + BLOCK_ROWS)
         scores = units[block] @ units.T  # [block, n]
         scores[component[block, None] == component[None]] = -np.inf

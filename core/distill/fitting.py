@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.distill.choosing import STRENGTHS, TEMPERATURES, Score, choose
-from core.distill.clustering import centroids, cluster
+from core.distill.clustering import Report, centroids, cluster, unheard
 from core.distill.retrieval import Index
 from core.distill.routing import nearest
 from core.distill.teachers.rotational import TOP_K
@@ -24,7 +24,7 @@ from core.errors import DataInvalid, SpecInvalid
 from core.rotations.action import exp_action
 from core.rotations.logarithm import rotation_log
 from core.rotations.mixture import Mixture
-from core.rotations.procrustes import procrustes_from_moment
+from core.rotations.procrustes import centred_procrustes, procrustes_from_moment
 from core.specs.clusterings import Clustering
 from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
@@ -99,6 +99,7 @@ def prepare(
     anchor: Anchor = "global",
     top_k: int = TOP_K,
     compat: Literal["legacy"] | None = None,
+    report: Report = unheard,
 ) -> Prepared:
     """Split, cluster the training targets, and fit the one global rotation.
 
@@ -112,7 +113,7 @@ def prepare(
     queries = pairs.queries[train].astype(np.float32)
     targets = pairs.targets[train].astype(np.float32)
     groups = None if pairs.groups is None else [pairs.groups[row] for row in train]
-    cluster_of = cluster(targets, clustering, seed, groups)
+    cluster_of = cluster(targets, clustering, seed, groups, report=report)
     facts = {
         "anchor": anchor,
         "clustering": clustering.model_dump(),
@@ -189,6 +190,7 @@ def score(
     tried_temperatures: Sequence[float],
     *,
     seed: int,
+    report: Report = unheard,
 ) -> list[Score]:
     """Fit on most training rows; judge the blended teacher on the hidden ones, per temperature.
 
@@ -198,7 +200,11 @@ def score(
         DataInvalid: an answer is no finite vector, so nothing can be said about it.
     """
     rest, hidden = inner(prepared, seed=seed)
-    bivectors = torch.stack([_bivector(rest, c, strength) for c in range(rest.clusters)])
+    logarithms = []
+    for number in range(rest.clusters):
+        report()
+        logarithms.append(_bivector(rest, number, strength))
+    bivectors = torch.stack(logarithms)
     queries = torch.from_numpy(prepared.queries[hidden])
     turned = queries @ torch.from_numpy(rest.anchor).float()
     keys = torch.from_numpy(rest.queries)
@@ -208,6 +214,7 @@ def score(
     index = Index(prepared.targets)
     scores = []
     for temperature in tried_temperatures:
+        report()
         weights = (similarity / temperature).softmax(dim=1)
         mixture = Mixture.from_topk(neighbours, weights, rest.clusters)
         answers = exp_action(turned, bivectors, mixture, tolerance=1e-5, norms=norms).numpy()
@@ -228,9 +235,14 @@ def score(
     return scores
 
 
-def fit_clusters(prepared: Prepared, start: int, stop: int, *, strength: float) -> Array:
+def fit_clusters(
+    prepared: Prepared, start: int, stop: int, *, strength: float, report: Report = unheard
+) -> Array:
     """Fit the rotations of clusters start..stop-1: [stop - start, d, d] float32, det +1."""
-    fitted = [_rotation(prepared, c, strength) for c in range(start, stop)]
+    fitted = []
+    for number in range(start, stop):
+        report()
+        fitted.append(_rotation(prepared, number, strength))
     rotations: Array = torch.stack(fitted).float().numpy()
     return rotations
 
@@ -332,7 +344,8 @@ def _rotation(prepared: Prepared, number: int, strength: float) -> Tensor:
     """W_c: [d, d] float64."""
     rows = np.flatnonzero(prepared.cluster_of == number)
     if prepared.legacy:
-        return _legacy(prepared.queries[rows], prepared.targets[rows])
+        queries, targets = prepared.queries[rows], prepared.targets[rows]
+        return centred_procrustes(torch.from_numpy(queries), torch.from_numpy(targets))
     anchor = torch.from_numpy(prepared.anchor)
     basis, inside = _relative(prepared, rows, strength)
     if basis is None:
@@ -381,13 +394,3 @@ def _relative(prepared: Prepared, rows: Array, strength: float) -> tuple[Tensor 
     moment = x.T @ y
     moment.diagonal().add_(strength)
     return None, procrustes_from_moment(moment)
-
-
-def _legacy(queries: Array, targets: Array) -> Tensor:
-    """Document 000's fit: centred, unanchored, the last column flipped where det < 0."""
-    x, y = torch.from_numpy(queries).double(), torch.from_numpy(targets).double()
-    u, _, vt = torch.linalg.svd((x - x.mean(0)).T @ (y - y.mean(0)))
-    rotation: Tensor = u @ vt
-    if torch.linalg.slogdet(rotation).sign < 0:
-        rotation[:, -1] *= -1
-    return rotation

@@ -1,4 +1,4 @@
-"""Who changed what, and when: written in the transaction of the change. Never holds a secret."""
+"""Who changed what, and when: written with the change, or just before. Never holds a secret."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -173,7 +173,7 @@ def retry(
 
     def go_on(old: Job) -> None:
         projects.check_queue(session, old.project_id)
-        projects.check_storage(session, old.project_id)
+        projects.check_storage(session, old.project_id, now=now)
         made[old.id] = _again(session, old, made, by=by, now=now, trace=trace)
 
     go_on(job)
@@ -194,6 +194,12 @@ def _goes_on_as(session: Session, job_id: str) -> Job | None:
                 return job
         fresh = [job.id for job in later]
     return None
+
+
+def retried_as(session: Session, job_id: str) -> str | None:
+    """Return the latest retry of a job; None where there is none."""
+    query = select(Job.id).where(Job.retry_of == job_id).order_by(Job.created_at.desc())
+    return session.scalar(query.limit(1))
 
 
 def _failed_with(session: Session, job: Job) -> list[Job]:
@@ -263,8 +269,7 @@ def _rewired(session: Session, spec: JobSpec, made: Mapping[str, Job]) -> JobSpe
 def _latest(session: Session, job_id: str, made: Mapping[str, Job]) -> str:
     """Return the job that goes on with ``job_id``, or itself."""
     while True:
-        query = select(Job.id).where(Job.retry_of == job_id).order_by(Job.created_at.desc())
-        later = made[job_id].id if job_id in made else session.scalar(query.limit(1))
+        later = made[job_id].id if job_id in made else retried_as(session, job_id)
         if later is None:
             return job_id
         job_id = later

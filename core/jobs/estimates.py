@@ -1,6 +1,7 @@
 """What a job would cost and when it would start: it is submitted on trial, looked at, taken back.
 
-So an estimate passes the very checks of a submission, and leaves nothing behind.
+So an estimate passes the very checks of a submission, and leaves nothing behind. Of its chunks only
+the first of each stage are ever written: a job of 200,000 is looked at as soon as a job of one.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from core.db.models import CacheEntry, Chunk, Job, JobInput, Output, Worker
 from core.jobs import planning, pool, service, waiting
 from core.jobs.shares import Fairness
 from core.jobs.states import ChunkState, JobState
+from core.kinds._base import Stage
 from core.specs.base import JobSpec, inputs_of
 
 HISTORY = 5
@@ -72,13 +74,18 @@ def estimate(
         SpecInvalid, QuotaExceeded: as `service.submit` does.
     """
     with session.begin_nested() as trial:
-        job = service.submit(session, spec, project=project, by=by, now=now)
-        found = _look(session, job, now=now, fairness=fairness)
+        job = service.accept(session, spec, project=project, by=by, now=now)
+        stages: Sequence[Stage] = ()
+        if job.state == JobState.QUEUED:
+            stages = planning.plan(session, job, spec, now=now, trial=True)
+        found = _look(session, job, stages, now=now, fairness=fairness)
         trial.rollback()
     return found
 
 
-def _look(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> Estimate:
+def _look(
+    session: Session, job: Job, planned: Sequence[Stage], *, now: datetime, fairness: Fairness
+) -> Estimate:
     ahead = waiting.ahead(session, job, now=now, fairness=fairness)
     hits, hits_from = _cache_hits(session, job)
     facts: dict[str, Any] = {
@@ -103,7 +110,7 @@ def _look(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> E
             why_not=why_not,
             **facts,
         )
-    stages, jobs = _stages(session, job)
+    stages, jobs = _timed(session, job, planned)
     seconds = _device_seconds(stages)
     why_not = _why_not(session, stages, now=now)
     return Estimate(
@@ -118,8 +125,8 @@ def _look(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> E
     )
 
 
-def _stages(session: Session, job: Job) -> tuple[list[StageEstimate], int]:
-    """Return the stages as planned, and how many finished jobs their times come from."""
+def _timed(session: Session, job: Job, planned: Sequence[Stage]) -> tuple[list[StageEstimate], int]:
+    """Return the stages with their times, and how many finished jobs these come from."""
     latest = (
         select(Job.id)
         .where(Job.project_id == job.project_id, Job.kind == job.kind)
@@ -135,16 +142,16 @@ def _stages(session: Session, job: Job) -> tuple[list[StageEstimate], int]:
         .group_by(Chunk.stage)
     )
     seconds = {stage: float(mean) for stage, mean in session.execute(timed)}
-    planned = (
-        select(Chunk.stage, func.count(), Chunk.chained, Chunk.device, func.max(Chunk.memory_bytes))
-        .where(Chunk.job_id == job.id)
-        .group_by(Chunk.stage_index, Chunk.stage, Chunk.chained, Chunk.device)
-        .order_by(Chunk.stage_index)
-    )
-    rows = session.execute(planned).all()
     return [
-        StageEstimate(name, chunks, chained, device, memory, seconds.get(name))
-        for name, chunks, chained, device, memory in rows
+        StageEstimate(
+            name=stage.name,
+            chunks=stage.chunks,
+            chained=stage.mode == "chained",
+            device=stage.device,
+            memory_bytes=stage.memory_bytes,
+            seconds_per_chunk=seconds.get(stage.name),
+        )
+        for stage in planned
     ], len(before)
 
 

@@ -17,6 +17,18 @@ def record(session: Session, job_id: str, kind: str, *, now: datetime, **data: A
     session.add(Event(job_id=job_id, type=kind, data=data, at=now))
 
 
+def last_id(session: Session, job_id: str) -> int:
+    """Return the number of a job's last event, 0 where nothing has happened to it."""
+    last = select(Event.id).where(Event.job_id == job_id).order_by(Event.id.desc()).limit(1)
+    return session.scalar(last) or 0
+
+
+def latest(session: Session, job_id: str, *, limit: int) -> Sequence[Event]:
+    """Return the last ``limit`` events of a job, in order."""
+    query = select(Event).where(Event.job_id == job_id).order_by(Event.id.desc()).limit(limit)
+    return session.scalars(query).all()[::-1]
+
+
 def list_events(session: Session, job_id: str, *, after: int, limit: int) -> Sequence[Event]:
     """Return up to ``limit`` events of a job whose id is greater than ``after``, in order."""
     query = (

@@ -123,7 +123,7 @@ def _cache(session: Session, sums: Sequence[_Sum]) -> list[Figure]:
     hits: Counts = Counter()
     for one in sums:
         hits[one.project, one.kind] += one.cache_hits
-    # Each key was computed once: its entry is the miss. The sweep takes entries away.
+    # Each key was computed once: its entry is the miss.
     entries = session.scalar(select(func.count()).select_from(CacheEntry)) or 0
     ratio = hits.total() / (hits.total() + entries) if entries else 0.0
     told = "Outputs found under a cache key, not computed."

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -120,36 +121,42 @@ def job_inputs(session: Session, job_id: str) -> dict[str, Input]:
     }
 
 
-def plan(session: Session, job: Job, spec: JobSpec, *, now: datetime) -> None:
-    """Insert the chunks of a job whose inputs all exist, and queue it."""
+def plan(
+    session: Session, job: Job, spec: JobSpec, *, now: datetime, trial: bool = False
+) -> list[Stage]:
+    """Insert the chunks of a job whose inputs all exist, and queue it; return its stages.
+
+    ``trial``: of each stage the first chunk alone, for a job that is looked at and taken back.
+    """
     stages = _stages(job, spec, job_inputs(session, job.id))
     total = sum(stage.chunks for stage in stages)
     if not 1 <= total <= CHUNKS_LIMIT:
         raise SpecInvalid(f"the job would have {total} chunks; allowed: 1 to {CHUNKS_LIMIT}")
-    session.execute(insert(Chunk), list(_chunk_rows(job.id, stages, _asked_device(spec, stages))))
+    rows = list(_chunk_rows(job.id, [replace(s, chunks=1) for s in stages] if trial else stages))
+    session.execute(insert(Chunk), rows)
     job.chunks, job.stage = total, stages[0].name
     if job.state == JobState.WAITING:
         move(session, job, JobState.QUEUED, now=now)
     facts = [{"stage": s.name, "chunks": s.chunks, "mode": s.mode} for s in stages]
     events.record(session, job.id, "job.planned", now=now, stages=facts)
+    return stages
 
 
-def _asked_device(spec: JobSpec, stages: list[Stage]) -> str | None:
-    """Return the kind of device the job insists on; None where each stage may say.
+def _on_device(spec: JobSpec, stage: Stage) -> Stage:
+    """Return a stage that asks for the device that the job insists on, if it does.
 
     Raises:
-        SpecInvalid: a stage can only run on the other kind.
+        SpecInvalid: the stage can only run on the other kind.
     """
     if spec.device == "any":
-        return None
-    for stage in stages:
-        if stage.device not in (None, spec.device):
-            told = f"device: {spec.device!r}, but stage {stage.name} runs on a {stage.device} only"
-            raise SpecInvalid(told, pointer="/device")
-    return spec.device
+        return stage
+    if stage.device not in (None, spec.device):
+        told = f"device: {spec.device!r}, but stage {stage.name} runs on a {stage.device} only"
+        raise SpecInvalid(told, pointer="/device")
+    return replace(stage, device=spec.device)
 
 
-def _chunk_rows(job_id: str, stages: list[Stage], device: str | None) -> Iterator[dict[str, Any]]:
+def _chunk_rows(job_id: str, stages: list[Stage]) -> Iterator[dict[str, Any]]:
     for stage_index, stage in enumerate(stages):
         for index in range(stage.chunks):
             chained = stage.mode == "chained"
@@ -161,7 +168,7 @@ def _chunk_rows(job_id: str, stages: list[Stage], device: str | None) -> Iterato
                 "index": index,
                 "chained": chained,
                 "state": ChunkState.READY if first else ChunkState.BLOCKED,
-                "device": device or stage.device,
+                "device": stage.device,
                 "memory_bytes": stage.memory_bytes,
                 "attempt": 0,
                 "failures": {},
@@ -195,7 +202,8 @@ def on_succeeded(session: Session, job: Job, *, now: datetime) -> bool:
 def _stages(job: Job, spec: JobSpec, inputs: Mapping[str, Input]) -> list[Stage]:
     """Ask the kind for its stages; what it did not foresee ends this job and no other."""
     try:
-        return [stage for stage in kind_of(job).stages(spec, inputs) if stage.chunks]
+        stages = kind_of(job).stages(spec, inputs)
+        return [_on_device(spec, stage) for stage in stages if stage.chunks]
     except StillroomError:
         raise
     except Exception as error:

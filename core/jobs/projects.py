@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import func, select, union
@@ -12,13 +12,15 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Artifact, Chunk, Job, Output, Project, Upload
 from core.db.session import insert_new
-from core.errors import Conflict, NotFound, QuotaExceeded, SpecInvalid
+from core.errors import Conflict, NotFound, QuotaExceeded, SpecInvalid, StorageFull
 from core.jobs.ids import new_id
 from core.jobs.states import ChunkState
 
+PREFIX = "prj"
 FIRST_PROJECT = "prj_default"
 """Made with the database; the operator's key and whoever needs none work in it."""
 LIMITS = ("running_limit", "queued_limit", "storage_limit_bytes")
+RECOUNTED_AFTER = timedelta(seconds=30)
 UNFINISHED = ("open", "importing")
 
 
@@ -57,7 +59,7 @@ def create(
         "storage_limit_bytes": storage_limit_bytes,
     }
     _check(values)
-    project_id = new_id("prj")
+    project_id = new_id(PREFIX)
     row = {"id": project_id, "usage": 0.0, "usage_at": now, "created_at": now, **values}
     if not insert_new(session, Project, row):
         raise _taken(name)
@@ -92,6 +94,10 @@ def _check(values: Mapping[str, Any]) -> None:
     weight = values.get("weight", 1.0)
     if not (math.isfinite(weight) and weight > 0):
         raise SpecInvalid(f"weight: {weight}; allowed: any number above 0", pointer="/weight")
+    name = values.get("name") or ""
+    if name.startswith(f"{PREFIX}_"):
+        told = f"name: {name!r} looks like an id; allowed: what does not begin with '{PREFIX}_'"
+        raise SpecInvalid(told, pointer="/name")
     for field in LIMITS:
         limit = values.get(field)
         if limit is not None and limit < 0:
@@ -133,17 +139,24 @@ def _queued(session: Session, project_id: str) -> int:
 
 def storage_bytes(session: Session, project_id: str) -> int:
     """Return the bytes of what a project made or sent, each artifact once, and of open uploads."""
+    return _made_bytes(session, project_id) + _coming_bytes(session, project_id)
+
+
+def _made_bytes(session: Session, project_id: str) -> int:
     made = select(Output.sha256).join(Job, Job.id == Output.job_id)
     sent = select(Upload.artifact).where(Upload.artifact.is_not(None))
     held: Any = union(
         made.where(Job.project_id == project_id), sent.where(Upload.project_id == project_id)
     )
     stored = select(func.sum(Artifact.size_bytes)).where(Artifact.sha256.in_(held))
+    return int(session.scalar(stored) or 0)  # SUM of BIGINT is a Decimal in PostgreSQL
+
+
+def _coming_bytes(session: Session, project_id: str) -> int:
     coming = select(func.sum(Upload.size_bytes)).where(
         Upload.project_id == project_id, Upload.state.in_(UNFINISHED)
     )
-    # SUM of BIGINT is a Decimal in PostgreSQL.
-    return int(session.scalar(stored) or 0) + int(session.scalar(coming) or 0)
+    return int(session.scalar(coming) or 0)
 
 
 def check_queue(session: Session, project_id: str) -> None:
@@ -166,21 +179,27 @@ def check_queue(session: Session, project_id: str) -> None:
         )
 
 
-def check_storage(session: Session, project_id: str, *, adding_bytes: int = 0) -> None:
+def check_storage(
+    session: Session, project_id: str, *, now: datetime, adding_bytes: int = 0
+) -> None:
     """Refuse more where the project would pass its limit of stored bytes, or is at it.
 
-    Locks as `check_queue` does.
+    Locks as `check_queue` does. What the project holds is counted anew where bytes are added, else
+    twice a minute at most: counting walks through all that it ever made.
 
     Raises:
-        QuotaExceeded: names the limit, what is in use and what to do.
+        StorageFull: names the limit, what is in use and what to do.
     """
     project = _limited(session, project_id, "storage_limit_bytes")
     if project is None or project.storage_limit_bytes is None:
         return
-    found = storage_bytes(session, project_id)
+    counted = project.made_at
+    if adding_bytes or counted is None or not timedelta(0) <= now - counted < RECOUNTED_AFTER:
+        project.made_bytes, project.made_at = _made_bytes(session, project_id), now
+    found = project.made_bytes + _coming_bytes(session, project_id)
     if found + max(adding_bytes, 1) > project.storage_limit_bytes:
         more = f" and this would add {adding_bytes}" if adding_bytes else ""
-        raise QuotaExceeded(
+        raise StorageFull(
             f"storage_limit_bytes: project {project.name!r} holds {found} bytes, of "
             f"{project.storage_limit_bytes} allowed{more}; discard uploads that are not finished, "
             "or have the limit raised"

@@ -13,7 +13,7 @@ from core.db.session import insert_new
 from core.errors import InFlight, NotFound, SpecInvalid
 from core.jobs import events, planning, projects
 from core.jobs.ids import new_id
-from core.jobs.states import TERMINAL, JobState
+from core.jobs.states import JobState
 from core.specs.base import LABEL_KEY, JobSpec
 
 REPLAY_FOR = timedelta(hours=24)
@@ -37,13 +37,26 @@ def submit(
         SpecInvalid: a reference is wrong, or the inputs do not fit the spec.
         QuotaExceeded: the project is at its limit of open jobs, or of storage.
     """
-    inputs = planning.resolve(session, spec, project=project)
-    projects.check_queue(session, project)
-    projects.check_storage(session, project)
-    job = new_job(session, spec, inputs, project=project, by=by, now=now, trace=trace)
+    job = accept(session, spec, project=project, by=by, now=now, trace=trace)
     if job.state == JobState.QUEUED:
         planning.plan(session, job, spec, now=now)
     return job
+
+
+def accept(
+    session: Session,
+    spec: JobSpec,
+    *,
+    project: str,
+    by: str,
+    now: datetime,
+    trace: str | None = None,
+) -> Job:
+    """Insert a job that its project may have, not planned yet; raises as `submit` does."""
+    inputs = planning.resolve(session, spec, project=project)
+    projects.check_queue(session, project)
+    projects.check_storage(session, project, now=now)
+    return new_job(session, spec, inputs, project=project, by=by, now=now, trace=trace)
 
 
 def new_job(
@@ -155,9 +168,6 @@ def list_jobs(
     for column, wanted in asked:
         if wanted is not None:
             query = query.where(column == wanted)
-    if state is not None and state not in TERMINAL:
-        # Says nothing new, but the index of open jobs is asked for in these words.
-        query = query.where(Job.finished_at.is_(None))
     for key, value in (labels or {}).items():
         if not LABEL_KEY.fullmatch(key):
             raise SpecInvalid(f"label: the key {key!r}; allowed: {LABEL_KEY.pattern}")

@@ -83,7 +83,7 @@ class Uploads:
                 raise TooLarge(
                     f"{self.open_limit} uploads are unfinished; complete or delete one first"
                 )
-            projects.check_storage(session, project, adding_bytes=size_bytes)
+            projects.check_storage(session, project, now=now, adding_bytes=size_bytes)
             session.add(upload)
             self._note(session, upload, by, "upload.create")
         self._part(upload.id).touch()
@@ -171,7 +171,7 @@ class Uploads:
             except BaseException as error:
                 # The content's own fault is final; anything else (disk, memory) may pass.
                 if isinstance(error, StillroomError) and not error.retryable:
-                    self._fail(upload_id, error)
+                    self._fail(upload, error, by=by)
                 else:
                     self._move(upload_id, "importing", "open")
                 raise
@@ -307,12 +307,13 @@ class Uploads:
             data=data,
         )
 
-    def _fail(self, upload_id: str, error: StillroomError) -> None:
+    def _fail(self, upload: Upload, error: StillroomError, *, by: str) -> None:
         facts = {"code": error.code(), "message": error.message}
         with transaction(self.engine) as session:
             session.execute(
                 update(Upload)
-                .where(Upload.id == upload_id)
+                .where(Upload.id == upload.id)
                 .values(state="failed", error=facts, updated_at=self.clock())
             )
-        self._part(upload_id).unlink(missing_ok=True)
+            self._note(session, upload, by, "upload.fail", code=error.code())
+        self._part(upload.id).unlink(missing_ok=True)

@@ -18,6 +18,8 @@ from core.jobs.states import OVER_CHUNKS, READY_CHUNK, RUNNING_CHUNK, JobState
 
 UNKNOWN_SECONDS = 30.0
 """A chunk's, while nothing of its kind has ever run."""
+TIMED = (JobState.RUNNING.value, JobState.SUCCEEDED.value)
+"""States of jobs whose chunks tell how long others of the kind will last."""
 LOOKED_AT = 5_000
 """Jobs of the queue that a forecast plays through at most."""
 GIB = 2**30
@@ -205,9 +207,10 @@ def _starts_in(
 
 
 class _Seconds:
-    """How long a chunk lasts: as those of its job did, else of the last job of its kind.
+    """How long a chunk lasts: as those of its job did, else of the last job of its kind that ran.
 
-    That job is one of the project that asks: how long others' took is not for it to learn.
+    That job is one of the project that asks: how long others' took is not for it to learn. One that
+    still runs tells what its ended chunks took.
     """
 
     def __init__(self, session: Session, running: Sequence[Any], *, project: str) -> None:
@@ -223,14 +226,16 @@ class _Seconds:
             return device_seconds / ended
         if kind not in self._by_kind:
             last = (
-                select(Job.device_seconds, Job.attempts)
+                select(Job.id, Job.device_seconds, Job.attempts)
                 .where(Job.project_id == self._project, Job.kind == kind)
-                .where(Job.state == JobState.SUCCEEDED.value, Job.attempts > 0)
+                .where(Job.state.in_(TIMED), Job.device_seconds > 0)
                 .order_by(Job.created_at.desc())
                 .limit(1)
             )
             row = self._session.execute(last).one_or_none()
-            self._by_kind[kind] = row[0] / row[1] if row else UNKNOWN_SECONDS
+            self._by_kind[kind] = UNKNOWN_SECONDS
+            if row is not None:
+                self._by_kind[kind] = row[1] / max(1, row[2] - self.running[row[0]])
         return self._by_kind[kind]
 
     def left(self, chunk: Any, *, now: datetime) -> float:

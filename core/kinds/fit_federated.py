@@ -112,6 +112,7 @@ def _prepare(spec: Spec, chunk: Chunk) -> ChunkResult:
         anchor=spec.anchor,
         top_k=spec.top_k,
         compat=spec.compat,
+        report=lambda: chunk.progress(0, 1),
     )
     path = chunk.workdir / "prepared.safetensors"
     tensors = {
@@ -156,8 +157,9 @@ def _score(spec: Spec, chunk: Chunk) -> ChunkResult:
     prepared = _load(chunk)
     strength = fitting.strengths(prepared, spec.strength)[chunk.index]
     tried = fitting.temperatures(prepared, spec.temperature)
-    chunk.progress(0, 1)
-    scores = fitting.score(prepared, strength, tried, seed=spec.seed)
+    scores = fitting.score(
+        prepared, strength, tried, seed=spec.seed, report=lambda: chunk.progress(0, 1)
+    )
     found = [vars(score) for score in scores]
     file = write_json(chunk.workdir / "scores.json", found, format_name="scores")
     best = choosing.choose(scores)
@@ -196,8 +198,9 @@ def _fit(spec: Spec, chunk: Chunk) -> ChunkResult:
         return ChunkResult()
     strength, _, _ = _choice(spec, chunk, prepared)
     start, stop = pieces[chunk.index]
-    chunk.progress(0, 1)
-    rotations = fitting.fit_clusters(prepared, start, stop, strength=strength)
+    rotations = fitting.fit_clusters(
+        prepared, start, stop, strength=strength, report=lambda: chunk.progress(0, 1)
+    )
     path = chunk.workdir / "rotations.safetensors"
     shards.save(path, {"rotations": rotations}, {"start": start, "stop": stop})
     return ChunkResult(checkpoints={"rotations": Produced(path, "rotations", path.name)})

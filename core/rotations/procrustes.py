@@ -47,3 +47,24 @@ def procrustes_from_moment(moment: Tensor) -> Tensor:
     signs[..., -1] = torch.linalg.slogdet(U @ Vh).sign
     rotation: Tensor = (U * signs[..., None, :]) @ Vh
     return rotation.to(moment.dtype)
+
+
+def centred_procrustes(queries: Tensor, targets: Tensor) -> Tensor:
+    """Fit as document 000 does: centred, unanchored, the last column flipped where det < 0.
+
+    Worse than `procrustes`: arbitrary on what the pairs do not span, and the flip depends on the
+    axes.
+
+    Args:
+        queries: X, [n, d], any float dtype.
+        targets: Y, [n, d].
+
+    Returns:
+        [d, d] float64.
+    """
+    x, y = queries.double(), targets.double()
+    u, _, vt = torch.linalg.svd((x - x.mean(0)).T @ (y - y.mean(0)))
+    rotation: Tensor = u @ vt
+    if torch.linalg.slogdet(rotation).sign < 0:
+        rotation[:, -1] *= -1
+    return rotation

@@ -183,7 +183,7 @@ def test_server_without_a_key_serves_everybody_as_local(client: TestClient) -> N
     assert client.get("/v1/jobs", headers={"Cookie": "stillroom=x.1.y"}).status_code == 200
 
 
-def test_limits_are_429_with_the_limit_named(shared: TestClient) -> None:
+def test_limits_are_named_where_they_are_reached(shared: TestClient) -> None:
     project = make_project(shared, "small", queued_limit=1, storage_limit_bytes=10)
     key = key_of(shared, project)
     job = shared.post("/v1/jobs", json=ECHO, headers=key).json()
@@ -196,7 +196,9 @@ def test_limits_are_429_with_the_limit_named(shared: TestClient) -> None:
     form = shared.post("/submit", data={"spec": '{"kind": "echo", "text": "x"}'}, headers=key)
     assert "queued_limit" in form.text
     heavy = shared.post("/v1/uploads", json=announce(b"x" * 11), headers=key)
-    assert "storage_limit_bytes" in problem_of(heavy, 429, "quota_exceeded")["detail"]
+    told = problem_of(heavy, 409, "storage_full")
+    assert "storage_limit_bytes" in told["detail"]
+    assert not told["retryable"]  # waiting frees no byte
 
     change = {"queued_limit": None}
     shared.patch(f"/v1/projects/{project}", json=change, headers=OPERATOR)

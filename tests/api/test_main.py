@@ -118,7 +118,7 @@ def test_slow_uploads_stop_nobody_and_are_ended(
 
     for path in ("/healthz", "/readyz", "/v1/jobs", "/"):
         assert httpx2.get(f"{url}{path}", timeout=5).status_code == 200, path
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # one after another, they would wait for minutes
 
     answers = [answer_of(sender) for sender in senders]
     assert {status for status, _ in answers} <= {408, 503}

@@ -133,7 +133,7 @@ def test_a_broker_that_is_away_delays_no_answer(
     job = one.post("/v1/jobs", json=ECHO, headers=OPERATOR)
 
     assert job.status_code == 201
-    assert job.elapsed.total_seconds() < 1
+    assert job.elapsed.total_seconds() < 5
     with reading(engine) as session:
         assert session.get_one(Job, job.json()["id"]).state == "queued"
 

@@ -50,6 +50,7 @@ drawCurves(job).catch(() => {});
 if (place.dataset.over === "no") {
   const stream = new EventSource(`/v1/jobs/${job}/events?after=${place.dataset.after}`);
   stream.addEventListener("progress", (event) => showProgress(JSON.parse(event.data)));
+  stream.addEventListener("reset", () => log.replaceChildren());
   for (const type of TYPES) stream.addEventListener(type, note);
   for (const type of LAST) {
     stream.addEventListener(type, () => {

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from core.distill.clustering import centroids, cluster, merge_small, spanning_tree
+from core.distill.clustering import centroids, cluster, lloyd, merge_small, spanning_tree
 from core.errors import DataInvalid, SpecInvalid
 from core.specs.clusterings import Clustering, Groups, KMeans, Mst
 from tests.core.distill._make import make_pairs, unit
@@ -101,3 +101,24 @@ def test_small_clusters_join_the_nearest_large_one() -> None:
 def test_centroids_are_means() -> None:
     vectors = np.arange(8.0).reshape(4, 2)
     assert centroids(vectors, np.array([0, 1, 0, 1]), 2).tolist() == [[2, 3], [4, 5]]
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), rounds=st.integers(1, 7))
+def test_kmeans_that_pauses_to_report_finds_the_same_clusters(seed: int, rounds: int) -> None:
+    units = unit(np.random.default_rng(seed).standard_normal((400, 6))).astype(np.float32)
+    told = []
+
+    found = lloyd(units, 9, seed=seed, rounds=rounds, report=lambda: told.append(1))
+
+    assert np.array_equal(found, lloyd(units, 9, seed=seed, rounds=300))
+    assert len(told) > 1
+
+
+@pytest.mark.parametrize("spec", METHODS[:2], ids=lambda spec: spec.method)
+def test_what_a_report_raises_ends_the_work(spec: Clustering) -> None:
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        cluster(make_pairs().targets, spec, 3, report=stop)

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Artifact, Chunk, Job, Output, Upload
 from core.db.session import reading, transaction
-from core.errors import Conflict, NotFound, QuotaExceeded, SpecInvalid
+from core.errors import Conflict, NotFound, QuotaExceeded, SpecInvalid, StorageFull
 from core.jobs import audit, projects, service
 from core.jobs.ids import new_id
 from core.jobs.projects import FIRST_PROJECT, Use
@@ -146,14 +146,14 @@ def test_storage_limit_names_itself_and_what_is_in_use(engine: Engine, clock: Cl
     with transaction(engine) as session:
         mine = make(session, clock, storage_limit_bytes=100)
         send(session, mine, clock, state="open", size_bytes=60)
-        projects.check_storage(session, mine, adding_bytes=40)
-        with pytest.raises(QuotaExceeded, match="holds 60 bytes, of 100 allowed and this would"):
-            projects.check_storage(session, mine, adding_bytes=41)
+        projects.check_storage(session, mine, now=clock(), adding_bytes=40)
+        with pytest.raises(StorageFull, match="holds 60 bytes, of 100 allowed and this would"):
+            projects.check_storage(session, mine, now=clock(), adding_bytes=41)
         submit(session, mine, clock)
         send(session, mine, clock, state="open", size_bytes=40)
-        with pytest.raises(QuotaExceeded, match="storage_limit_bytes"):
+        with pytest.raises(StorageFull, match="storage_limit_bytes"):
             submit(session, mine, clock)
-        projects.check_storage(session, FIRST_PROJECT, adding_bytes=1 << 60)
+        projects.check_storage(session, FIRST_PROJECT, now=clock(), adding_bytes=1 << 60)
 
 
 def test_limit_is_exact_however_many_ask_at_once(engine: Engine, clock: Clock) -> None:
