@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from core.errors import StillroomError
+
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
 
@@ -111,6 +113,15 @@ class Settings(BaseSettings):
         for device in value:
             if not _DEVICE.fullmatch(device):
                 raise ValueError(f"no device {device!r}; allowed: cpu, cuda:0, cuda:1 and so on")
+        return value
+
+    @field_validator("attempts")
+    @classmethod
+    def _tried_again(cls, value: dict[str, int]) -> dict[str, int]:
+        tried = sorted(one.code() for one in StillroomError.__subclasses__() if one.attempts > 1)
+        for code in value:
+            if code not in tried:
+                raise ValueError(f"no error {code!r} is tried again; allowed: {', '.join(tried)}")
         return value
 
     @model_validator(mode="after")

@@ -2,8 +2,9 @@
 
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +19,14 @@ from core.jobs.ids import new_id
 from core.jobs.lease import Rules
 from core.jobs.pool import Place
 from core.jobs.runner import Runner
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Return once it is true; so long as no machine is too slow for."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 class Clock:

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
+from core.db.session import deadlocked
 from workers.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,10 @@ class Outages:
         """Return what ``step`` does; False, after a pause, where the database was away."""
         try:
             done = step()
-        except OperationalError as outage:
+        except (OperationalError, InterfaceError) as outage:
+            if deadlocked(outage):  # it is there, and nothing was written: the next time it passes
+                log.warning("again after a deadlock: %s", told(outage))
+                return False
             self.note(outage)
             self._stop.wait(PAUSE)
             return False
@@ -34,7 +38,7 @@ class Outages:
             self._away = False
         return done
 
-    def note(self, outage: OperationalError) -> None:
+    def note(self, outage: DBAPIError) -> None:
         """Remember an outage; tell of its beginning."""
         self._at = time.monotonic()
         if not self._away:
@@ -46,6 +50,6 @@ class Outages:
         return time.monotonic() - self._at < span.total_seconds()
 
 
-def told(outage: OperationalError) -> str:
+def told(outage: DBAPIError) -> str:
     """Return what the driver says, in one line."""
     return " ".join(str(outage.orig or outage).split())

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from core.db.session import transaction
@@ -55,8 +56,15 @@ class Watch:
     def _run(self) -> None:
         while not self._over.is_set():
             for duty in (self._show_presence, self._look_after_the_dead, self._tidy):
-                self._outages.surviving(duty)
+                self._do(duty)
             self._rest()
+
+    def _do(self, duty: Callable[[], bool]) -> None:
+        """Do a duty; what nobody foresaw of it ends neither the others nor the thread."""
+        try:
+            self._outages.surviving(duty)
+        except Exception:
+            log.exception("a duty of the watch failed; it is done again in %g s", self._every)
 
     def _rest(self) -> None:
         until = time.monotonic() + self._every

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from core.db.models import Base
@@ -23,6 +24,7 @@ PATIENCE = {
     "tcp_user_timeout": 30_000,
 }
 """How long libpq believes in a host that vanished: seconds, the last one milliseconds."""
+DEADLOCKS = ("40P01", "40001")
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
@@ -63,8 +65,13 @@ def transaction(engine: Engine) -> Iterator[Session]:
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
     """Open a session on one snapshot that only reads, and never waits for a writer."""
-    options = engine.execution_options(**{_READ: True})
-    with Session(options, expire_on_commit=False) as session, session.begin():
+    options: dict[str, Any] = {_READ: True}
+    if engine.dialect.name != "sqlite":  # where every transaction is on one snapshot anyway
+        options["isolation_level"] = "REPEATABLE READ"
+    with (
+        Session(engine.execution_options(**options), expire_on_commit=False) as session,
+        session.begin(),
+    ):
         yield session
 
 
@@ -75,6 +82,23 @@ def insert_new(session: Session, table: type[Base], values: Mapping[str, Any]) -
     # Not rowcount: the drivers disagree on what it says here.
     keys = inspect(table).primary_key
     return session.connection().execute(statement.returning(*keys)).first() is not None
+
+
+def insert_or_touch(
+    session: Session, table: type[Base], values: Mapping[str, Any], *, touch: str
+) -> None:
+    """Insert a row; where its key is there, set one column of it, which locks it too."""
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    statement = dialect.insert(table).values(**values)
+    keys = [column.name for column in inspect(table).primary_key]
+    session.execute(
+        statement.on_conflict_do_update(index_elements=keys, set_={touch: values[touch]})
+    )
+
+
+def deadlocked(error: DBAPIError) -> bool:
+    """Whether the database ended this transaction to break a deadlock: sent again, it passes."""
+    return getattr(error.orig, "sqlstate", None) in DEADLOCKS
 
 
 def upgrade(engine: Engine, *, revision: str = "head") -> None:

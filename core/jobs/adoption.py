@@ -12,7 +12,7 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Artifact, CacheEntry, Chunk, Job, Output
-from core.db.session import insert_new
+from core.db.session import insert_new, insert_or_touch
 from core.jobs import events, planning, retention
 from core.jobs.states import OPEN_CHUNKS, OVER_CHUNKS, ChunkState, JobState, move
 
@@ -56,7 +56,8 @@ def _adopt_one(session: Session, chunk: Chunk, file: Stored, *, now: datetime) -
         "meta": file.meta,
         "created_at": now,
     }
-    insert_new(session, Artifact, artifact)
+    # Touched, so that a sweep which found the row unnamed a moment ago leaves it.
+    insert_or_touch(session, Artifact, artifact, touch="created_at")
     output = {
         "chunk_id": chunk.id,
         "name": file.name,
@@ -129,4 +130,5 @@ def make_ready(session: Session, *where: Any) -> int:
 
 def _change(session: Session, *where: Any, **values: Any) -> int:
     changed = update(Chunk).where(*where).values(**values).returning(Chunk.id)
-    return len(session.execute(changed).all())
+    # Not looked for among the loaded rows: with thousands of them that is slow.
+    return len(session.execute(changed.execution_options(synchronize_session=False)).all())

@@ -32,7 +32,8 @@ def cancel(session: Session, job_id: str, *, project: str | None, now: datetime)
     Raises:
         Conflict: the job is over.
     """
-    job = service.get(session, job_id, project=project, lock=True)
+    service.get(session, job_id, project=project)
+    job = planning.lock_chain(session, job_id)
     planning.check_open(job)
     if job.state == JobState.CANCELLING:
         return job
@@ -166,7 +167,7 @@ def retry(
     planning.lock(session, ids | _read_by(session, ids))
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise Conflict(f"job {job_id} is {job.state}; allowed: failed, cancelled")
-    later = _goes_on_as(session, job_id)
+    later = _goes_on_as(session, job)
     if later is not None:
         raise Conflict(f"job {job_id} goes on as job {later.id}, which is {later.state}")
     made: dict[str, Job] = {}
@@ -184,9 +185,11 @@ def retry(
     return list(made.values())
 
 
-def _goes_on_as(session: Session, job_id: str) -> Job | None:
-    """Return the retry of a job, or of a retry of it, that is open or has succeeded."""
-    fresh = [job_id]
+def _goes_on_as(session: Session, job: Job) -> Job | None:
+    """Return the job of the same line of retries that is open or has succeeded."""
+    while job.retry_of is not None:
+        job = session.get_one(Job, job.retry_of)
+    fresh = [job.id]
     while fresh:
         later = session.scalars(select(Job).where(Job.retry_of.in_(fresh))).all()
         for job in later:
@@ -289,13 +292,24 @@ def _take_over(session: Session, old: Job, new: Job, *, now: datetime) -> None:
         select(Chunk).where(Chunk.job_id == old.id, Chunk.state.in_(OVER_CHUNKS))
     ).all()
     ids = _chunk_ids(session, new)
-    for chunk in over:
-        values = {"state": chunk.state, "progress": 1.0, "score": chunk.score, "finished_at": now}
-        twin = ids[chunk.stage_index, chunk.index]
-        session.execute(update(Chunk).where(Chunk.id == twin).values(**values))
+    rows = [
+        {
+            "id": ids[chunk.stage_index, chunk.index],
+            "state": chunk.state,
+            "progress": 1.0,
+            "score": chunk.score,
+            "finished_at": now,
+        }
+        for chunk in over
+    ]
+    if rows:
+        session.execute(update(Chunk), rows)
     new.chunks_over = len(over)
     twins = {chunk.id: ids[chunk.stage_index, chunk.index] for chunk in over}
-    outputs = session.scalars(select(Output).where(Output.chunk_id.in_(twins))).all()
+    made = select(Output).join(Chunk, Chunk.id == Output.chunk_id)
+    outputs = session.scalars(
+        made.where(Chunk.job_id == old.id, Chunk.state.in_(OVER_CHUNKS))
+    ).all()
     _copy(session, Output, outputs, lambda o: {"chunk_id": twins[o.chunk_id], "job_id": new.id})
     points = session.scalars(select(MetricPoint).where(MetricPoint.job_id == old.id)).all()
     _copy(session, MetricPoint, points, lambda _: {"job_id": new.id})

@@ -75,9 +75,13 @@ class Heartbeat:
             HandedBack: the job is paused, or the worker stops.
         """
         self._fraction = fraction
-        self._moved = time.monotonic()
+        self.moved()
         if self._told is not None:
             raise self._told
+
+    def moved(self) -> None:
+        """Note that what the chunk's process does now, it does not do alone: it stalls not."""
+        self._moved = time.monotonic()
 
     def tell(self, why: StillroomError) -> None:
         """Make the next report raise ``why``; the first reason stands."""

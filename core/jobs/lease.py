@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, MetricPoint
 from core.db.session import insert_new
-from core.errors import LeaseLost, StillroomError
+from core.errors import LeaseLost, Stalled, StillroomError
 from core.jobs import adoption, events, planning, pool, shares
 from core.jobs.adoption import Stored
 from core.jobs.pool import Place
@@ -167,7 +167,7 @@ def finish(
     Raises:
         LeaseLost: the attempt was superseded; nothing is written.
     """
-    job = _lock(session, claim.job_id)
+    job = _lock(session, claim.job_id, stage_done=stage_done)
     cancelled = job.state == JobState.CANCELLING
     chunk = _guarded(
         session,
@@ -195,7 +195,12 @@ def finish(
     return more
 
 
-def _lock(session: Session, job_id: str) -> Job:
+def _lock(session: Session, job_id: str, *, stage_done: bool) -> Job:
+    """Lock a job; where it may end now, with all that waits for it."""
+    facts = select(Job.state, Job.chunks, Job.chunks_over).where(Job.id == job_id)
+    state, chunks, over = session.execute(facts).one()
+    if stage_done or (chunks or 0) - over <= 1 or state == JobState.CANCELLING:
+        return planning.lock_chain(session, job_id)
     return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
 
 
@@ -217,7 +222,7 @@ def give_up(
     Raises:
         LeaseLost: the attempt was superseded.
     """
-    job = _lock(session, claim.job_id)
+    job = planning.lock_chain(session, claim.job_id)
     chunk = _guarded(session, claim, lease_until=None, finished_at=now)
     put_back(session, job, chunk, error, node=claim.node, now=now, rules=rules)
 
@@ -241,7 +246,8 @@ def put_back(
     chunk.state = ChunkState.READY if again else ChunkState.FAILED
     if stopping:
         chunk.state = ChunkState.CANCELLED
-    if node is not None:
+    own_limit = isinstance(error, Stalled) and job.spec.get("stall_limit_s")
+    if node is not None and not own_limit:  # whoever asks for too little blames no node
         chunk.failed_on = node
         chunk.retry_at = now + rules.retry_wait * 2 ** min(tries - 1, 6)
     chunk.lease_until = None
@@ -270,7 +276,7 @@ def hand_back(session: Session, claim: Claim, *, now: datetime, rules: Rules) ->
 def _let_go(
     session: Session, claim: Claim, state: ChunkState, *, now: datetime, rules: Rules
 ) -> None:
-    job = _lock(session, claim.job_id)
+    job = planning.lock_chain(session, claim.job_id)
     chunk = _guarded(session, claim, lease_until=None)
     end_attempt(session, job, chunk, state, now=now, rules=rules)
 

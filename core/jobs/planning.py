@@ -26,6 +26,7 @@ from core.specs.base import SHA256, JobSpec, Reads, inputs_of
 
 log = logging.getLogger(__name__)
 CHUNKS_LIMIT = 200_000
+IDS_AT_ONCE = 10_000
 
 
 def resolve(session: Session, spec: JobSpec, *, project: str) -> list[JobInput]:
@@ -224,8 +225,26 @@ def plan_if_whole(session: Session, job: Job, *, now: datetime) -> None:
 
 def lock(session: Session, ids: set[str]) -> Sequence[Job]:
     """Lock jobs in the order of their ids, as everybody does."""
-    query = select(Job).where(Job.id.in_(ids)).order_by(Job.id).with_for_update()
-    return session.scalars(query.execution_options(populate_existing=True)).all()
+    found: list[Job] = []
+    for some in _batches(sorted(ids)):
+        query = select(Job).where(Job.id.in_(some)).order_by(Job.id).with_for_update()
+        found += session.scalars(query.execution_options(populate_existing=True))
+    return found
+
+
+def lock_chain(session: Session, job_id: str) -> Job:
+    """Lock a job together with all that waits for it, which may end with it; return the job.
+
+    One after another they would not be locked in the order of their ids.
+    """
+    lock(session, {job_id} | downstream(session, job_id))
+    return session.get_one(Job, job_id)
+
+
+def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut ids into as many as one statement may name."""
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        yield ids[start : start + IDS_AT_ONCE]
 
 
 def fail(
@@ -266,8 +285,11 @@ def downstream(session: Session, job_id: str) -> set[str]:
     found: set[str] = set()
     fresh = {job_id}
     while fresh:
-        query = select(JobInput.job_id).where(JobInput.upstream_id.in_(fresh))
-        fresh = set(session.scalars(query)) - found
+        below: set[str] = set()
+        for some in _batches(sorted(fresh)):
+            query = select(JobInput.job_id).where(JobInput.upstream_id.in_(some))
+            below.update(session.scalars(query))
+        fresh = below - found
         found |= fresh
     return found
 
@@ -295,6 +317,7 @@ def _end_one(
         update(Chunk)
         .where(Chunk.job_id == job.id, Chunk.state.in_(still_open))
         .values(state=ChunkState.CANCELLED, finished_at=now)
+        .execution_options(synchronize_session=False)
     )
     events.record(session, job.id, f"job.{state}", now=now, **({"error": error} if error else {}))
     return seconds

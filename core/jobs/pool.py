@@ -43,9 +43,7 @@ def hello(session: Session, worker_id: str, *, place: Place, now: datetime) -> N
     session.execute(delete(Worker).where(Worker.seen_at < now - FORGOTTEN_AFTER))
     _forget_nodes(session, now=now)
     node = {"id": place.node, "state": ACTIVE, "note": None, "blamed": 0, "updated_at": now}
-    if not insert_new(session, Node, node):
-        there = update(Node).where(Node.id == place.node, Node.state == ACTIVE)
-        session.execute(there.values(updated_at=now))
+    known = not insert_new(session, Node, node)
     values = {
         "id": worker_id,
         "node_id": place.node,
@@ -62,6 +60,9 @@ def hello(session: Session, worker_id: str, *, place: Place, now: datetime) -> N
         offers = ("node_id", "device", "kind", "memory_bytes", "threads")
         now_offered = {name: values[name] for name in offers}
         session.execute(update(Worker).where(Worker.id == worker_id).values(**now_offered))
+    if known:  # last: whoever ends a chunk locks the worker's row before the node's too
+        there = update(Node).where(Node.id == place.node, Node.state == ACTIVE)
+        session.execute(there.values(updated_at=now))
 
 
 def _forget_nodes(session: Session, *, now: datetime) -> None:

@@ -15,12 +15,12 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, Worker
-from core.db.session import reading, transaction
+from core.db.session import deadlocked, reading, transaction
 from core.errors import DeadlinePassed, WorkerLost
 from core.jobs import lease, planning, pool, shares
 from core.jobs.lease import Rules
 from core.jobs.scheduler import IN_QUEUE
-from core.jobs.states import READY_CHUNK, RUNNING_CHUNK, TERMINAL, ChunkState
+from core.jobs.states import READY_CHUNK, RUNNING_CHUNK, TERMINAL, ChunkState, JobState
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,8 +72,10 @@ def _each(engine: Engine, ids: Sequence[T], work: Callable[[Session, T], bool]) 
         try:
             with transaction(engine) as session:
                 done += work(session, one)
-        except (OperationalError, InterfaceError):
-            raise  # the database is away: so it will be for the others
+        except (OperationalError, InterfaceError) as error:
+            if not deadlocked(error):
+                raise  # the database is away: so it will be for the others
+            log.warning("a deadlock at %s: left to the next round", one)
         except Exception:
             log.exception("the reconciler failed at %s", one)
     return done
@@ -92,7 +94,7 @@ def _release(session: Session, chunk_id: int, *, now: datetime, rules: Rules) ->
 def _lock(session: Session, chunk_id: int) -> tuple[Job, Chunk]:
     """Lock a chunk's job, then the chunk, and read both anew: it may have ended meanwhile."""
     job_id = session.scalars(select(Chunk.job_id).where(Chunk.id == chunk_id)).one()
-    job = session.get_one(Job, job_id, with_for_update=True)
+    job = planning.lock_chain(session, job_id)
     return job, session.get_one(Chunk, chunk_id, with_for_update=True)
 
 
@@ -127,8 +129,8 @@ def fail_overdue(engine: Engine, *, now: datetime, rules: Rules) -> int:
         ids = session.scalars(overdue.order_by(Job.id)).all()
 
     def end(session: Session, job_id: str) -> bool:
-        job = session.get_one(Job, job_id, with_for_update=True)
-        if job.state in TERMINAL:
+        job = planning.lock_chain(session, job_id)
+        if job.state in TERMINAL or job.state == JobState.CANCELLING:
             return False
         late = DeadlinePassed(f"not done by its deadline, {job.deadline_at:%F %T} UTC")
         seconds = planning.fail(session, job, late, now=now)

@@ -38,11 +38,17 @@ def drop_earlier(session: Session, chunk: Chunk) -> None:
 def drop_intermediate(session: Session, job: Job) -> None:
     """Forget what the fanned stages of a finished job left for later stages.
 
-    What lies under a cache key stays: any other job may find it.
+    What lies under a cache key stays: any other job may find it. With a retry, the jobs that it
+    goes on with are over for good too.
     """
     fanned = select(Chunk.id).where(Chunk.id == Output.chunk_id, Chunk.chained.is_(False))
     shared = select(CacheEntry.key).where(CacheEntry.sha256 == Output.sha256)
-    _drop(session, Output.job_id == job.id, fanned.exists(), ~shared.exists())
+    line = [job]
+    while (before := line[-1].retry_of) is not None:
+        line.append(session.get_one(Job, before))
+    for one in line:
+        if one is job or one.spec.get("keep_checkpoints") != "all":
+            _drop(session, Output.job_id == one.id, fanned.exists(), ~shared.exists())
 
 
 def _drop(session: Session, *where: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,12 @@ from core.kinds._base import ChunkResult, Input, Produced
 from core.specs.base import JobSpec
 
 log = logging.getLogger(__name__)
+NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|RESOURCE_EXHAUSTED|std::bad_alloc",
+    re.IGNORECASE,
+)
+"""What torch, CUDA's libraries and XLA say, by a plain RuntimeError, where there is none left."""
 T = TypeVar("T")
 
 
@@ -257,7 +264,7 @@ class Runner:
             return HandedBack.code()
         except Exception as error:
             log.exception("chunk crashed")
-            return self._give_up(claim, _classify(error))
+            return self._give_up(claim, classify(error))
         return "done"
 
     def _let_go(self, claim: Claim, end: Callable[..., None]) -> None:
@@ -346,13 +353,19 @@ class Runner:
                     return change(session)
             except (OperationalError, InterfaceError) as outage:
                 log.warning("database away, trying again in %.1f s: %s", pause, outage.orig)
+                if self._running is not None:
+                    self._running.moved()
                 time.sleep(pause)
                 pause = min(pause * 2, 5.0)
 
 
-def _classify(error: Exception) -> StillroomError:
+def classify(error: Exception) -> StillroomError:
     """Turn what nobody foresaw into an error with a code; the class says if a retry helps."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)))
+    ):
         return OutOfMemory(f"out of memory: {error}")
     if isinstance(error, DBAPIError):
         return ChunkCrashed(f"database: {error.orig}")

@@ -7,10 +7,10 @@ way. Claims are taken one after another, so shares and limits hold exactly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, literal_column, or_, select
+from sqlalchemy import ColumnElement, Select, and_, literal_column, or_, select
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, Project, ServiceFact
@@ -25,6 +25,8 @@ ORDER = (Job.rank, Job.created_at, Job.id)
 IN_QUEUE = Job.state.in_((literal_column("'queued'"), literal_column("'running'")))
 """Word for word the condition of the index that serves it."""
 TURN = "claim_turn"
+OTHERS_FIRST = timedelta(minutes=10)
+"""So long a chunk is left to other nodes than the one where it failed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def pick(
         _take_turn(session)
     if pool.node_state(session, place.node) != pool.ACTIVE:
         return None
-    heads = _heads(session, place, now=now)
+    fits = _fits(place, now=now, elsewhere=_elsewhere(session, place, now=now))
+    heads = _heads(session, fits)
     if not heads:
         return None
     levels = shares.levels(session, now=now, fairness=fairness)
@@ -57,7 +60,7 @@ def pick(
         allowed,
         key=lambda job: (job.rank, levels[job.project_id][0], job.created_at, job.id),
     )
-    chunk = select(Chunk.id).where(Chunk.job_id == best.id, *_fits(place, now=now))
+    chunk = select(Chunk.id).where(Chunk.job_id == best.id, *fits)
     chunk_id = session.scalar(chunk.order_by(Chunk.stage_index, Chunk.index).limit(1))
     return None if chunk_id is None else Candidate(chunk_id, best.id)
 
@@ -70,21 +73,37 @@ def _take_turn(session: Session) -> None:
         session.scalar(turn)
 
 
-def _fits(place: Place, *, now: datetime) -> tuple[ColumnElement[bool], ...]:
-    """Return what a chunk must be to run here now."""
+def _elsewhere(session: Session, place: Place, *, now: datetime) -> int:
+    """Return the most memory that a usable worker of this kind on another node has; -1: none."""
+    others = [
+        worker.memory_bytes
+        for worker in pool.usable(session, now=now)
+        if worker.kind == place.kind and worker.node_id != place.node
+    ]
+    return max(others, default=-1)
+
+
+def _fits(place: Place, *, now: datetime, elsewhere: int) -> tuple[ColumnElement[bool], ...]:
+    """Return what a chunk must be to run here now.
+
+    What failed here is left to other nodes for a while, where one could take it: else a node on
+    which everything fails at once would use up every chunk's tries while the others are busy.
+    """
+    alone = Chunk.memory_bytes > elsewhere
+    again = or_(and_(alone, Chunk.retry_at <= now), Chunk.retry_at <= now - OTHERS_FIRST)
     return (
         Chunk.state == READY_CHUNK,
         or_(Chunk.device.is_(None), Chunk.device == place.kind),
         Chunk.memory_bytes <= place.memory_bytes,
-        or_(Chunk.failed_on.is_(None), Chunk.failed_on != place.node, Chunk.retry_at <= now),
+        or_(Chunk.failed_on.is_(None), Chunk.failed_on != place.node, again),
     )
 
 
-def _heads(session: Session, place: Place, *, now: datetime) -> Sequence[Any]:
-    """Return each project's best job that has a chunk for this place."""
-    fits = select(Chunk.id).where(Chunk.job_id == Job.id, *_fits(place, now=now)).exists()
+def _heads(session: Session, fits: tuple[ColumnElement[bool], ...]) -> Sequence[Any]:
+    """Return each project's best job that has a chunk which fits."""
+    some = select(Chunk.id).where(Chunk.job_id == Job.id, *fits).exists()
     best: Select[str] = (
-        select(Job.id).where(Job.project_id == Project.id, IN_QUEUE, fits).order_by(*ORDER).limit(1)
+        select(Job.id).where(Job.project_id == Project.id, IN_QUEUE, some).order_by(*ORDER).limit(1)
     )
     ids = select(best.correlate(Project).scalar_subquery()).select_from(Project)
     found = [job_id for job_id in session.scalars(ids) if job_id is not None]

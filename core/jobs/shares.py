@@ -121,7 +121,8 @@ def _usage(
 
 def count_seconds(session: Session, job: Job, chunk: Chunk, *, now: datetime) -> float:
     """Add an attempt's device time to the chunk's, the job's and the worker's; return it."""
-    seconds = (now - chunk.started_at).total_seconds() if chunk.started_at else 0.0
+    # Never less than none: a clock may be set back.
+    seconds = max(0.0, (now - chunk.started_at).total_seconds()) if chunk.started_at else 0.0
     chunk.seconds += seconds
     job.device_seconds += seconds
     session.execute(

@@ -91,6 +91,7 @@ def move(
         .where(Job.id == job.id, Job.state == old)
         .values(state=new, **stamps)
         .returning(Job.id)
+        .execution_options(synchronize_session=False)  # the row is read anew below
     )
     if changed.scalar_one_or_none() is None:
         raise Conflict(f"job {job.id} was no longer {old}")

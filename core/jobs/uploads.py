@@ -18,7 +18,7 @@ from core.artifacts.limits import Limits
 from core.artifacts.sandbox import Imported, import_file
 from core.artifacts.store import Blob, Store
 from core.db.models import Artifact, Upload
-from core.db.session import insert_new, reading, transaction
+from core.db.session import insert_or_touch, reading, transaction
 from core.errors import (
     Conflict,
     DataInvalid,
@@ -287,7 +287,7 @@ class Uploads:
             "created_at": now,
         }
         with transaction(self.engine) as session:
-            insert_new(session, Artifact, values)
+            insert_or_touch(session, Artifact, values, touch="created_at")  # see adoption
             notes = list(imported.notes)
             done = {"state": "complete", "artifact": blob.sha256, "notes": notes, "updated_at": now}
             session.execute(update(Upload).where(Upload.id == upload.id).values(**done))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, Worker
@@ -57,7 +57,11 @@ def ahead(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> A
     standing = shares.standings(session, now=now, fairness=fairness)
     why = _why(session, job, needs, able, running, standing, now=now)
     starts_in = _starts_in(session, job, workers, running, standing, now=now)
-    return Ahead(why, place, None if starts_in is None else now + timedelta(seconds=starts_in))
+    if starts_in is None:
+        return Ahead(why, place, None)
+    starts_at = now + timedelta(seconds=starts_in)
+    again = _again_at(needs, able, now=now)
+    return Ahead(why, place, starts_at if again is None else max(starts_at, again))
 
 
 def _standing_still(session: Session, job: Job) -> str | None:
@@ -122,9 +126,9 @@ def _why(
     now: datetime,
 ) -> str:
     mine = standing[job.project_id]
-    nodes = {worker.node_id for worker in able}
-    if needs.retry_at is not None and needs.retry_at > now and nodes == {needs.failed_on}:
-        return f"failed on {needs.failed_on}; tried there again at {needs.retry_at:%T} UTC"
+    again = _again_at(needs, able, now=now)
+    if again is not None:
+        return f"failed on {needs.failed_on}; tried there again at {again:%T} UTC"
     if mine.at_limit:
         return f"its project runs {mine.running} chunks at once, its limit"
     busy = {chunk.owner for chunk in running}
@@ -134,6 +138,14 @@ def _why(
         if free
         else "next in the queue; all workers that could run it are busy"
     )
+
+
+def _again_at(needs: Chunk, able: Sequence[Worker], *, now: datetime) -> datetime | None:
+    """Return when a chunk may run again where it failed, if it can run nowhere else."""
+    nodes = {worker.node_id for worker in able}
+    if needs.retry_at is None or needs.retry_at <= now or nodes != {needs.failed_on}:
+        return None
+    return needs.retry_at
 
 
 def _first(
@@ -157,11 +169,21 @@ def _first(
 def _rivals(able: Sequence[Worker], standing: Mapping[str, Standing]) -> list[ColumnElement[bool]]:
     """Return what makes a job one that these workers may start, or go on with, instead."""
     full = [one.project_id for one in standing.values() if one.at_limit]
+    offers: dict[str, int] = {}
+    for worker in able:
+        offers[worker.kind] = max(worker.memory_bytes, offers.get(worker.kind, 0))
     to_come = select(Chunk.id).where(
         Chunk.job_id == Job.id,
         Chunk.state.not_in((*OVER_CHUNKS, RUNNING_CHUNK)),
-        or_(Chunk.device.is_(None), Chunk.device.in_({worker.kind for worker in able})),
-        Chunk.memory_bytes <= max(worker.memory_bytes for worker in able),
+        or_(
+            *(
+                and_(
+                    or_(Chunk.device.is_(None), Chunk.device == kind),
+                    Chunk.memory_bytes <= memory_bytes,
+                )
+                for kind, memory_bytes in sorted(offers.items())
+            )
+        ),
     )
     return [IN_QUEUE, Job.project_id.not_in(full), to_come.exists()]
 

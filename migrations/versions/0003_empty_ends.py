@@ -1,6 +1,7 @@
 """A chunk that ended while its job was being cancelled is not done: nothing of it was adopted.
 
-The first version called it done; a retry would take it over and go on from nothing.
+The first version called it done; a retry would take it over and go on from nothing. A chunk of a
+chain that has none because a later one made its checkpoint needless is done all the same.
 """
 
 from alembic import op
@@ -18,6 +19,11 @@ def upgrade() -> None:
         UPDATE chunks SET state = 'cancelled'
         WHERE state = 'done' AND job_id IN ({cancelled})
           AND NOT EXISTS (SELECT 1 FROM outputs WHERE outputs.chunk_id = chunks.id)
+          AND NOT (chained AND EXISTS (
+              SELECT 1 FROM chunks AS later
+              WHERE later.job_id = chunks.job_id AND later.stage_index = chunks.stage_index
+                AND later."index" > chunks."index" AND later.state = 'done'
+          ))
         """
     )
     op.execute(

@@ -1,7 +1,6 @@
 import itertools
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,7 @@ import pytest
 from api.embedded import Embedded, devices_of, worker_env
 from api.lock import DataDirBusy, only_server
 from tests.api.conftest import KEY, make_settings
-
-
-def wait_for(what: Callable[[], bool], *, seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+from tests.conftest import wait_for
 
 
 def worker(code: str) -> list[str]:

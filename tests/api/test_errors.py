@@ -266,3 +266,29 @@ def test_any_bytes_are_a_problem(client: TestClient, body: bytes) -> None:
     answer = client.post("/v1/jobs", content=body, headers=JSON)
 
     assert answer.status_code in (400, 422), answer.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("Content-Encoding", "gzip")], 415),
+        ([("Content-Type", "application/json; charset=utf-16")], 415),
+        ([("Idempotency-Key", "a"), ("Idempotency-Key", "b")], 400),
+    ],
+)
+def test_headers_that_change_what_a_body_means_are_not_overlooked(
+    client: TestClient, headers: list[tuple[str, str]], status: int
+) -> None:
+    given = [*headers, *([] if headers[0][0] == "Content-Type" else JSON.items())]
+
+    answer = client.post("/v1/jobs", content=b'{"kind": "echo", "text": "x"}', headers=given)
+
+    assert answer.status_code == status
+    assert headers[0][0] in answer.json()["detail"]
+
+
+def test_an_address_with_one_slash_too_many_leads_nowhere(client: TestClient) -> None:
+    answer = client.get("/v1/jobs/", follow_redirects=False)
+
+    assert answer.status_code == 404
+    assert "location" not in answer.headers

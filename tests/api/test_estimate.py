@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, event, func, select
 from starlette.testclient import TestClient
 
 from core.db.models import AuditEntry, Chunk, Event, Job, JobInput
@@ -13,6 +13,7 @@ from tests import life
 from tests.api.conftest import (
     ECHO,
     OPERATOR,
+    context_of,
     key_of,
     make_project,
     pairs,
@@ -205,3 +206,25 @@ def test_limits_hold_for_an_estimate_too(shared: TestClient) -> None:
     told = problem_of(ask(shared, ECHO, key), 429, "quota_exceeded")["detail"]
 
     assert "queued_limit" in told
+
+
+def test_a_job_of_many_chunks_is_estimated_without_writing_them(
+    shared: TestClient, engine: Engine, worker: None
+) -> None:
+    spec = {**ECHO, "times": 1_000}
+    written: list[int] = []
+
+    def count(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.lstrip().upper().startswith("INSERT INTO CHUNKS"):
+            written.append(len(parameters) if isinstance(parameters, list) else 1)
+
+    looked_at = context_of(shared).engine
+    event.listen(looked_at, "before_cursor_execute", count)
+    try:
+        found = shared.post("/v1/jobs/estimate", json=spec, headers=OPERATOR).json()
+    finally:
+        event.remove(looked_at, "before_cursor_execute", count)
+
+    assert found["chunks"] == 1_000
+    assert found["stages"][0]["chunks"] == 1_000
+    assert written == [1]

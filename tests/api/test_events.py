@@ -142,3 +142,17 @@ def test_silent_stream_sends_heartbeats_until_the_server_stops(alone: TestClient
     heard = asyncio.run(listen())
 
     assert heard[1:] == [": still here\n\n"] * 2
+
+
+def test_a_number_that_another_server_gave_out_resets_the_stream(
+    client: TestClient, done: dict[str, Any]
+) -> None:
+    url = f"/v1/jobs/{done['id']}/events"
+    page = client.get(url).json()["items"]
+
+    told = client.get(url, headers={**STREAM, "Last-Event-ID": "999999"}).text
+
+    assert parse(told)[0] == {"event": "reset", "data": {}}
+    assert numbered(told) == [event["id"] for event in page]
+    last = str(page[-1]["id"])
+    assert "reset" not in client.get(url, headers={**STREAM, "Last-Event-ID": last}).text

@@ -243,7 +243,9 @@ def test_projects_are_made_once_changed_and_listed(shared: TestClient) -> None:
     change = {"name": "uno", "running_limit": None, "weight": 3}
     changed = shared.patch(url, json=change, headers=OPERATOR).json()
     assert (changed["name"], changed["running_limit"], changed["weight"]) == ("uno", None, 3.0)
-    assert shared.patch(url, json={}, headers=OPERATOR).json() == changed
+    empty = shared.patch(url, json={}, headers=OPERATOR)
+    assert "nothing to change" in problem_of(empty, 422, "spec_invalid")["detail"]
+    assert shared.get(url, headers=OPERATOR).json() == changed
     assert shared.patch(url, json={"name": None}, headers=OPERATOR).status_code == 422
     assert shared.get(url, headers=OPERATOR).json() == changed
     found = shared.get("/v1/projects", headers=OPERATOR).json()["items"]

@@ -7,8 +7,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from starlette.testclient import TestClient
 
+from api.pages.jobs import EVENTS_SHOWN
 from api.pages.render import chunks
-from tests.api.conftest import ECHO, pairs, upload
+from core.jobs import events
+from tests.api.conftest import ECHO, context_of, pairs, upload
 
 PAGES = ["/", "/submit", "/submit?kind=echo", "/upload", "/docs"]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
@@ -215,3 +217,19 @@ def test_openapi_is_complete(client: TestClient) -> None:
             if path.startswith("/v1"):
                 assert "default" in call["responses"]
                 assert call["security"]
+
+
+def test_of_many_events_the_latest_are_shown(client: TestClient) -> None:
+    job_id = client.post("/v1/jobs", json=ECHO).json()["id"]
+    ctx = context_of(client)
+    with ctx.transaction() as session:
+        for number in range(EVENTS_SHOWN):
+            events.record(session, job_id, "chunk.done", now=ctx.clock(), index=number)
+    client.post(f"/v1/jobs/{job_id}/cancel")
+    again = client.post(f"/v1/jobs/{job_id}/retry").json()["id"]
+
+    shown = client.get(f"/jobs/{job_id}").text
+
+    assert "job.cancelled" in shown
+    assert "job.submitted" not in shown
+    assert again in shown, "what goes on with it is known however much happened since"

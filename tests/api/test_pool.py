@@ -21,7 +21,7 @@ from tests.api.conftest import (
     upload,
 )
 from tests.api.test_pages import check_page
-from tests.conftest import Clock
+from tests.conftest import Clock, wait_for
 
 GPU = life.place("host-7:cuda:0", "cuda:0", 80 << 30)
 CPU = life.place("host-7:cpu", "cpu", 16 << 30)
@@ -147,7 +147,10 @@ def test_a_drained_node_takes_no_chunk_until_it_is_resumed(
     assert drained.json()["state"] == "draining"
     assert drained.json()["note"] == "new fans"
     assert life.try_claim(engine, clock, "w-gpu", at=GPU) is None
-    assert shared.get(f"/v1/jobs/{job}", headers=mine).json()["predicted_start_at"] is None
+    # On a slow machine what was foretold a moment ago is told once more.
+    wait_for(
+        lambda: shared.get(f"/v1/jobs/{job}", headers=mine).json()["predicted_start_at"] is None
+    )
     (node,) = look(shared, mine)["nodes"]
     assert (node["id"], node["state"]) == ("host-7:cuda:0", "draining")
     # A restarted process does not take it back.

@@ -231,19 +231,36 @@ def test_a_lane_runs_so_many_at_once_and_turns_away_who_waited_too_long() -> Non
 
     async def crowd() -> None:
         lane = Lane("things", 2, wait_s=60)
-        await asyncio.gather(*(lane.run(work) for _ in range(8)))
+        await asyncio.gather(*(lane.run(work, project=f"p{n}") for n in range(8)))
         narrow = Lane("things", 1, wait_s=0.01)
-        first = asyncio.ensure_future(narrow.run(work))
+        first = asyncio.ensure_future(narrow.run(work, project="a"))
         await asyncio.sleep(0.005)
         with pytest.raises(Busy, match="things"):
-            await narrow.run(work)
+            await narrow.run(work, project="b")
         await first
-        await narrow.run(work)  # the place is free again
+        await narrow.run(work, project="b")  # the place is free again
 
     asyncio.run(crowd())
 
     assert max(most) == 2
     assert len(most) == 10
+
+
+def test_a_project_that_fills_a_lane_leaves_half_of_it_to_others() -> None:
+    go_on = threading.Event()
+
+    async def crowd() -> None:
+        lane = Lane("things", 4, wait_s=0.2)
+        long = [asyncio.ensure_future(lane.run(go_on.wait, project="many")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy):
+            await lane.run(int, project="many")
+        assert await lane.run(int, project="few") == 0
+        go_on.set()
+        await asyncio.gather(*long)
+        assert await lane.run(int, project="many") == 0
+
+    asyncio.run(crowd())
 
 
 def test_imports_wait_for_their_turn_and_leave_everything_else_alone(
@@ -257,7 +274,7 @@ def test_imports_wait_for_their_turn_and_leave_everything_else_alone(
         raise DataInvalid("nothing of the sort")
 
     monkeypatch.setattr("core.jobs.uploads.import_file", slowly)
-    settings = make_settings(tmp_path, imports_at_once=2, import_timeout=0.3)
+    settings = make_settings(tmp_path, imports_at_once=4, import_timeout=0.3)
     with serving(settings, api_clock) as client, ThreadPoolExecutor(3) as threads:
         urls = [upload(client, bytes([number])) for number in range(3)]
         try:

@@ -202,6 +202,9 @@ def stream(handler: Handler, _: re.Match[str]) -> None:
     handler.send_header("Connection", "close")
     handler.end_headers()
     handler.wfile.write(b": hello\n\n")
+    if after > max((number or 0 for number, *_ in world.events), default=0):
+        handler.wfile.write(b"event: reset\ndata: {}\n\n")
+        after = 0
     sent = 0
     for number, kind, data in list(world.events):
         if number is not None and number <= after:

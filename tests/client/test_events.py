@@ -103,3 +103,12 @@ def test_wait_for_a_finished_job_asks_once(client: Stillroom, world: World) -> N
     world.jobs[JOB] = job_view(state="failed")
     assert client.wait(JOB)["state"] == "failed"
     assert len(world.seen) == 1
+
+
+def test_a_server_with_numbers_of_its_own_starts_over(client: Stillroom, world: World) -> None:
+    world.jobs[JOB] = job_view(state="succeeded")
+    world.events = [(1, "job.submitted", {}), (2, "job.succeeded", {})]
+
+    told = [(event.id, event.type) for event in client.events(JOB, after=70)]
+
+    assert told == [(None, "reset"), (1, "job.submitted"), (2, "job.succeeded")]

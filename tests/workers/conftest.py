@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,13 +27,6 @@ ALIVE = "stillroom-*/beat-*"
 
 def now() -> datetime:
     return datetime.now(UTC)  # noqa: TID251 - processes share no test clock
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from core.jobs.hints import CeleryHints, NoHints, make_celery
 from core.settings import Settings
 from scripts.processes import Guard, Process, free_port
 from scripts.servers import Redis
-from tests.workers.conftest import wait_for
+from tests.conftest import wait_for
 
 KEY = "a-key-of-some-length"
 

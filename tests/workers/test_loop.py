@@ -22,9 +22,9 @@ from core.jobs import control, housekeeping, pool, recovery
 from core.jobs.heartbeat import Heartbeat
 from core.jobs.lease import Rules
 from core.jobs.runner import Runner
-from tests.conftest import make_runner
+from tests.conftest import make_runner, wait_for
 from tests.life import PROJECT, claim, state, submit
-from tests.workers.conftest import now, wait_for
+from tests.workers.conftest import now
 from workers.loop import DeviceLoop
 from workers.outages import Outages
 from workers.stop import Stop

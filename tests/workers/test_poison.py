@@ -10,7 +10,8 @@ import pytest
 import redis
 
 from scripts.processes import Process
-from tests.workers.conftest import Crew, wait_for
+from tests.conftest import wait_for
+from tests.workers.conftest import Crew
 
 pytestmark = pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 QUEUES = {"cpu": "jobs.run", "control": "jobs.tick"}

@@ -17,7 +17,8 @@ from core.db.session import make_engine, transaction, upgrade
 from core.jobs import housekeeping, pool
 from core.jobs.pool import Place
 from core.settings import Settings
-from tests.workers.conftest import now, wait_for
+from tests.conftest import wait_for
+from tests.workers.conftest import now
 from workers import start, threads
 from workers.__main__ import main
 from workers.alive import AliveFile

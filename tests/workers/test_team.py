@@ -19,7 +19,8 @@ from core.jobs import pool
 from core.jobs.hints import CeleryHints, make_celery
 from core.settings import Settings
 from tests import life
-from tests.workers.conftest import LEASE_S, Crew, now, wait_for
+from tests.conftest import wait_for
+from tests.workers.conftest import LEASE_S, Crew, now
 
 pytestmark = pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 

@@ -5,8 +5,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine, inspect, text
 
-from core.db.models import Base
-from core.db.session import migrating, upgrade
+from core.db.models import Base, ServiceFact
+from core.db.session import insert_new, migrating, reading, transaction, upgrade
+from core.jobs import control
+from tests import life
+from tests.conftest import Clock
 
 
 def test_migrated_schema_is_the_models_schema(engine: Engine) -> None:
@@ -64,3 +67,29 @@ def test_a_chunk_that_ended_with_nothing_adopted_is_not_done(engine: Engine) -> 
         ("job_a", "cancelled", 0, 1, 2.5, 10),
         ("job_b", "done", 1, 1, 2.5, 10),
     ]
+
+
+def test_what_a_later_checkpoint_made_needless_stays_done(engine: Engine, clock: Clock) -> None:
+    job_id = life.submit(engine, clock, times=5)
+    for seed in range(3):
+        made = life.some_file(f"{seed:064x}", role="checkpoint")
+        life.finish(engine, life.claim(engine, clock), clock, made)
+    with transaction(engine) as session:
+        control.cancel(session, job_id, project=life.PROJECT, now=clock())
+    with migrating(engine) as config:
+        command.downgrade(config, "0002")
+
+    upgrade(engine)
+
+    with engine.connect() as connection:
+        query = text('SELECT state FROM chunks ORDER BY "index"')
+        assert connection.scalars(query).all() == ["done"] * 3 + ["cancelled"] * 2
+
+
+def test_a_reader_sees_one_snapshot(engine: Engine) -> None:
+    count = text("SELECT COUNT(*) FROM service_facts")
+    with reading(engine) as session:
+        before = session.scalar(count)
+        with transaction(engine) as other:
+            insert_new(other, ServiceFact, {"key": "new", "value": "1"})
+        assert session.scalar(count) == before

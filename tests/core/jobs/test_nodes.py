@@ -5,11 +5,12 @@ from sqlalchemy import Engine, select
 
 from core.db.models import Event
 from core.db.session import reading, transaction
-from core.errors import NotFound, SpecInvalid
+from core.errors import NotFound, SpecInvalid, Stalled
 from core.jobs import pool, recovery
+from core.jobs.lease import Claim
 from tests.conftest import Clock
-from tests.core.jobs.acts import crash, node, within, worker
-from tests.life import claim, finish, place, release, submit, try_claim
+from tests.core.jobs.acts import crash, node, set_chunks, within, worker
+from tests.life import claim, finish, place, release, state, submit, try_claim
 
 
 def _fails_here_and_succeeds_there(engine: Engine, clock: Clock) -> None:
@@ -139,3 +140,68 @@ def test_a_place_nobody_came_back_to_is_forgotten_unless_something_is_known_of_i
     with reading(engine) as session:
         left = {node.id for node in pool.nodes(session)}
     assert left == {"host:drained", "host:one", "host:two"}
+
+
+def test_a_chunk_that_failed_is_left_to_the_other_nodes_while_they_could_take_it(
+    engine: Engine, clock: Clock
+) -> None:
+    for name in ("bad", "good"):
+        worker(engine, clock, name)
+    job_id = submit(engine, clock)
+    crash(engine, claim(engine, clock, "bad"), clock)
+
+    clock.tick(seconds=15)
+    assert try_claim(engine, clock, "bad") is None, "the good one is busy, and comes back"
+    set_chunks(engine, job_id, memory_bytes=1 << 41)
+    big = place("host:bad", memory_bytes=1 << 42)
+    assert try_claim(engine, clock, "bad", at=big) is not None, "too large for the good one"
+
+
+def test_a_chunk_comes_back_to_where_it_failed_when_nobody_else_takes_it(
+    engine: Engine, clock: Clock
+) -> None:
+    for name in ("bad", "good"):
+        worker(engine, clock, name)
+    for gone, alive in ((25, False), (650, True)):
+        submit(engine, clock)
+        crash(engine, claim(engine, clock, "bad"), clock)
+        clock.tick(seconds=gone)
+        if alive:
+            within(engine, pool.seen, "good", now=clock())
+        finish(engine, claim(engine, clock, "bad"), clock)
+        within(engine, pool.seen, "good", now=clock())
+
+
+def test_a_node_on_which_everything_fails_costs_no_job(engine: Engine, clock: Clock) -> None:
+    names = ("bad", "good1", "good2")
+    for name in names:
+        worker(engine, clock, name)
+    jobs = [submit(engine, clock) for _ in range(12)]
+    held: dict[str, tuple[Claim, int]] = {}
+    for second in range(0, 240, 2):
+        for name in names:
+            within(engine, pool.seen, name, now=clock())
+            found = held.pop(name, None)
+            if found is not None and name == "bad":
+                crash(engine, found[0], clock)
+            elif found is not None and second < found[1]:
+                held[name] = found
+            elif found is not None:
+                finish(engine, found[0], clock)
+            if name not in held and (fresh := try_claim(engine, clock, name)) is not None:
+                held[name] = (fresh, second + 30)
+        clock.tick(seconds=2)
+
+    assert {state(engine, job_id) for job_id in jobs} == {"succeeded"}
+    assert node(engine, "host:bad").state == "excluded"
+
+
+def test_a_limit_of_the_jobs_own_blames_no_node(engine: Engine, clock: Clock) -> None:
+    for name in ("cold", "warm"):
+        worker(engine, clock, name)
+    for _ in range(3):
+        submit(engine, clock, stall_limit_s=1)
+        crash(engine, claim(engine, clock, "cold"), clock, Stalled("no progress for 1 s"))
+        finish(engine, claim(engine, clock, "warm"), clock)
+
+    assert (node(engine, "host:cold").state, node(engine, "host:cold").blamed) == ("active", 0)

@@ -210,3 +210,26 @@ def test_audit_is_written_with_the_change_and_paged_backwards(engine: Engine, cl
     assert [(entry.action, entry.data) for entry in one] == [("a3", {"n": 1})]
     assert one[0].at - clock() == timedelta(0)
     assert not none
+
+
+def test_a_name_that_looks_like_an_id_is_refused(engine: Engine, clock: Clock) -> None:
+    with transaction(engine) as session, pytest.raises(SpecInvalid, match="looks like an id"):
+        make(session, clock, "prj_default2")
+
+
+def test_stored_bytes_are_counted_twice_a_minute_unless_some_are_added(
+    engine: Engine, clock: Clock
+) -> None:
+    with transaction(engine) as session:
+        mine = make(session, clock, storage_limit_bytes=100)
+        projects.check_storage(session, mine, now=clock())
+        store(session, clock, "f" * 64, 100)
+        send(session, mine, clock, state="complete", size_bytes=100, artifact="f" * 64)
+        projects.check_storage(session, mine, now=clock())
+        with pytest.raises(StorageFull):
+            projects.check_storage(session, mine, now=clock(), adding_bytes=1)
+        project = projects.get(session, mine)
+        project.made_bytes = 0
+        clock.tick(seconds=31)
+        with pytest.raises(StorageFull):
+            projects.check_storage(session, mine, now=clock())

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import Engine, func, select
 
 from core.db.models import Chunk, Event, Project
@@ -210,13 +211,15 @@ def _tries(engine: Engine, clock: Clock, error: StillroomError, rules: Rules) ->
 
 @pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 def test_the_operator_says_otherwise(engine: Engine, clock: Clock) -> None:
-    told = {"worker_lost": 2, "chunk_crashed": 100, "out_of_memory": 9}
-    rules = Rules.of(Settings(attempts=told))
+    rules = Rules.of(Settings(attempts={"worker_lost": 2, "chunk_crashed": 100}))
 
     assert _tries(engine, clock, WorkerLost("x"), rules) == 2
     assert _tries(engine, clock, ChunkCrashed("x"), rules) == 100
     assert _tries(engine, clock, Stalled("x"), rules) == 2
-    assert _tries(engine, clock, OutOfMemory("x"), rules) == 1, "no settings make that worth it"
+    assert _tries(engine, clock, OutOfMemory("x"), rules) == 1
+    for code in ("out_of_memory", "chunk_crash"):
+        with pytest.raises(ValidationError, match="chunk_crashed, stalled, worker_lost"):
+            Settings(attempts={code: 9})
 
 
 def test_errors_of_two_classes_are_counted_apart(engine: Engine, clock: Clock) -> None:
@@ -317,3 +320,25 @@ def test_what_runs_when_its_job_ends_is_paid_all_the_same(engine: Engine, clock:
     for claimed in (*held, *more):
         with pytest.raises(LeaseLost):
             within(engine, lease.renew, claimed, until=clock(), progress=0.5)
+
+
+def test_who_cancels_before_the_deadline_has_cancelled(engine: Engine, clock: Clock) -> None:
+    job_id = submit(engine, clock, deadline_s=5)
+    held = claim(engine, clock)
+    within(engine, control.cancel, job_id, project=PROJECT, now=clock())
+    clock.tick(seconds=6)
+
+    assert recovery.fail_overdue(engine, now=clock(), rules=RULES) == 0
+    within(engine, lease.stop, held, now=clock(), rules=RULES)
+    assert state(engine, job_id) == "cancelled"
+
+
+def test_a_clock_set_back_takes_no_device_time_away(engine: Engine, clock: Clock) -> None:
+    job_id = submit(engine, clock)
+    held = claim(engine, clock)
+    clock.tick(hours=-1)
+    finish(engine, held, clock)
+
+    assert job_of(engine, job_id).device_seconds == 0
+    with reading(engine) as session:
+        assert session.get_one(Project, PROJECT).usage >= 0

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 
 from core.artifacts.store import LocalStore
-from core.db.models import Event, JobInput
+from core.db.models import Chunk, Event, Job, JobInput
 from core.db.session import reading, transaction
 from core.errors import ChunkCrashed, Conflict, OutOfMemory, SpecInvalid
 from core.jobs import control, lineage, service, shares, status
@@ -28,6 +28,7 @@ from tests.core.jobs.acts import (
     job_of,
     outputs_of,
     project,
+    set_chunks,
     within,
 )
 from tests.core.kinds.test_kinds import CLUSTERING, tiny_pairs
@@ -351,3 +352,46 @@ def test_a_retry_forgets_the_failures_and_keeps_the_changes(engine: Engine, cloc
         told = session.scalars(select(Event.data).where(Event.type == "job.retried")).all()
     assert told == [{"retried_as": again}]
     assert job.submitted_by != BY
+
+
+def test_of_a_line_of_retries_one_goes_on(engine: Engine, clock: Clock) -> None:
+    line = [submit(engine, clock)]
+    for _ in range(2):
+        give_up(engine, claim(engine, clock), OutOfMemory("x"), clock)
+        line += retry(engine, line[-1], clock)
+    give_up(engine, claim(engine, clock), OutOfMemory("x"), clock)
+    [fresh] = retry(engine, line[1], clock)
+
+    for one in line:
+        with pytest.raises(Conflict, match=f"goes on as job {fresh}"):
+            retry(engine, one, clock)
+
+
+def test_once_a_retry_succeeded_the_failed_job_keeps_no_blocks(
+    engine: Engine, clock: Clock
+) -> None:
+    job_id = fanned(engine, clock)
+    for seed in range(4):
+        finish(engine, claim(engine, clock), clock, a_file("block", seed + 1))
+    give_up(engine, claim(engine, clock), OutOfMemory("x"), clock)
+    [again] = retry(engine, job_id, clock)
+    assert len(outputs_of(engine, job_id)) == 4, "a retry of it would take them over"
+    while (held := try_claim(engine, clock)) is not None:
+        finish(engine, held, clock, a_file("block", held.chunk_id))
+
+    assert state(engine, again) == "succeeded"
+    assert outputs_of(engine, again) == outputs_of(engine, job_id) == []
+
+
+def test_a_retry_of_thousands_of_chunks_takes_over_all(engine: Engine, clock: Clock) -> None:
+    job_id = submit(engine, clock, times=1_000)
+    set_chunks(engine, job_id, state="done", attempt=1)
+    with transaction(engine) as session:
+        last = select(Chunk.id).where(Chunk.job_id == job_id).order_by(Chunk.index.desc()).limit(1)
+        session.execute(update(Chunk).where(Chunk.id == session.scalar(last)).values(state="ready"))
+        session.execute(update(Job).where(Job.id == job_id).values(chunks_over=999))
+    give_up(engine, claim(engine, clock), OutOfMemory("x"), clock)
+    [again] = retry(engine, job_id, clock)
+
+    assert job_of(engine, again).chunks_over == 999
+    assert chunk_states(engine, again) == ["done"] * 999 + ["ready"]

@@ -25,7 +25,7 @@ from tests.core.jobs.acts import (
     within,
     worker,
 )
-from tests.life import GIB, PROJECT, claim, finish, shown, submit, try_claim
+from tests.life import GIB, PROJECT, RULES, claim, finish, place, shown, submit, try_claim
 
 BUSY = "next in the queue; all workers that could run it are busy"
 FREE = "next in the queue; a worker is free to take it"
@@ -327,3 +327,44 @@ def test_a_look_at_one_job_costs_the_same_in_a_long_queue(engine: Engine, clock:
         assert found.queue_position is not None
 
     assert counted[0] == counted[1] <= 20
+
+
+def test_a_start_is_not_foretold_before_the_chunk_may_be_tried_again(
+    engine: Engine, clock: Clock
+) -> None:
+    worker(engine, clock, "w1")
+    job_id = submit(engine, clock)
+    crash(engine, claim(engine, clock), clock)
+
+    told = shown(engine, job_id, clock)
+    assert told.predicted_start_at == clock() + RULES.retry_wait
+    assert f"{told.predicted_start_at:%T}" in (told.waits_for or "")
+
+
+def test_what_no_single_worker_could_run_is_nobodys_rival(engine: Engine, clock: Clock) -> None:
+    worker(engine, clock, "w1", memory_bytes=100 * GIB)
+    worker(engine, clock, "w2", "cuda:0", memory_bytes=8 * GIB)
+    big = submit(engine, clock, priority=90)
+    set_chunks(engine, big, device="gpu", memory_bytes=50 * GIB)
+    job_id = submit(engine, clock, priority=10)
+    for name, device in (("w1", "cpu"), ("w2", "cuda:0")):
+        submit(engine, clock, priority=100)
+        claim(engine, clock, name, at=place(f"host:{name}", device))
+
+    told = shown(engine, job_id, clock).waits_for
+    assert told == BUSY
+
+
+def test_a_running_job_of_the_kind_tells_how_long_its_chunks_last(
+    engine: Engine, clock: Clock
+) -> None:
+    worker(engine, clock, "w1")
+    submit(engine, clock, times=5)
+    clock.tick(seconds=1)
+    job_id = submit(engine, clock)
+    held = claim(engine, clock)
+    clock.tick(seconds=2)
+    finish(engine, held, clock)
+
+    # Four chunks of two seconds are left of the first job.
+    assert shown(engine, job_id, clock).predicted_start_at == clock() + timedelta(seconds=8)
