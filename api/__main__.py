@@ -20,11 +20,9 @@ from api.rates import BadLimit, make_rates
 from core import logs, tracing
 from core.db.session import make_engine
 from core.errors import Conflict
-from core.settings import Settings
+from core.settings import Settings, told
 
 USAGE_ERROR = 2
-SECRETS = frozenset({"API_KEY", "BROKER_URL", "DATABASE_URL", "KEY_SECRET", "METRICS_KEY"})
-"""Settings whose value is never printed."""
 DATABASES = ("sqlite", "postgresql")
 EXAMPLE_URL = "postgresql+psycopg://user:password@host/name"
 
@@ -150,23 +148,11 @@ def _check_database(url: str) -> None:
 
 def _one_line(error: Exception) -> str:
     """Name the variable, the value and what was allowed; a secret's value stays unsaid."""
-    if isinstance(error, SettingsError):
-        return f"{error}; write it as JSON"
+    if isinstance(error, (ValidationError, SettingsError)):
+        return told(error)
     if isinstance(error, DatabaseRefused):
         return f"STILL_DATABASE_URL: {error}"
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
-    told = []
-    for wrong in error.errors(include_url=False):
-        name = "_".join(str(step) for step in wrong["loc"][:1]).upper()
-        message = wrong["msg"].removeprefix("Value error, ")
-        if not name:
-            told.append(message)
-        elif name in SECRETS:
-            told.append(f"STILL_{name}: {message}")
-        else:
-            told.append(f"STILL_{name}: {message}; got {wrong['input']!r}")
-    return "; ".join(told)
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

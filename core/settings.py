@@ -8,13 +8,23 @@ from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from core.errors import StillroomError
 
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
+_DATABASE = re.compile(r"(/\d*)?")
+_FIELD = re.compile(r'field "(\w+)"')
 _DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
 
 
@@ -22,7 +32,31 @@ def _from_seconds(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
-Duration = Annotated[timedelta, BeforeValidator(_from_seconds), Field(gt=timedelta(0))]
+Duration = Annotated[
+    timedelta, BeforeValidator(_from_seconds), Field(gt=timedelta(0), le=timedelta(days=3650))
+]
+SECRETS = frozenset({"api_key", "broker_url", "database_url", "key_secret", "metrics_key"})
+"""Settings whose values no message repeats."""
+
+
+def told(error: ValidationError | SettingsError) -> str:
+    """Say in one line which variable is wrong, its value unless it is a secret, and what may be."""
+    if isinstance(error, SettingsError):
+        field = _FIELD.search(str(error))
+        name = "" if field is None else f"STILL_{field[1].upper()}: "
+        doc = getattr(error.__cause__, "doc", None)
+        return f"{name}not JSON" + (f"; got {doc!r}" if doc is not None else "") + "; write JSON"
+    lines = []
+    for wrong in error.errors(include_url=False):
+        field_name = "_".join(str(step) for step in wrong["loc"][:1])
+        message = wrong["msg"].removeprefix("Value error, ")
+        if not field_name:
+            lines.append(message)
+        elif field_name in SECRETS:
+            lines.append(f"STILL_{field_name.upper()}: {message}")
+        else:
+            lines.append(f"STILL_{field_name.upper()}: {message}; got {wrong['input']!r}")
+    return " ".join("; ".join(lines).split())
 
 
 class Settings(BaseSettings):
@@ -61,7 +95,12 @@ class Settings(BaseSettings):
     memory_bytes: int | None = Field(
         None, ge=1 << 20, description="What a worker offers; null: what its device has."
     )
-    lease: Duration = timedelta(seconds=20)
+    lease: Duration = Field(
+        timedelta(seconds=20),
+        ge=timedelta(seconds=2),
+        le=timedelta(hours=1),
+        description="Renewed every second; a worker silent for so long loses its chunk.",
+    )
     poll: Duration = timedelta(milliseconds=200)
     stall_limit: Duration = Field(
         timedelta(minutes=15), description="A chunk that reports no progress for so long is ended."
@@ -105,7 +144,35 @@ class Settings(BaseSettings):
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+        if value == Path():
+            raise ValueError("no folder is named; leave it out for stillroom-data")
+        try:
+            return value.expanduser().resolve()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"no such folder: {error}") from None
+
+    @field_validator("broker_url")
+    @classmethod
+    def _whole_url(cls, value: SecretStr | None) -> SecretStr | None:
+        try:
+            parts = urlsplit("" if value is None else value.get_secret_value())
+            whole = value is None or (bool(parts.hostname) and parts.port != 0)
+        except ValueError:
+            whole = False
+        if not whole or not _DATABASE.fullmatch(parts.path):
+            # Not what was given, nor what the library says of it: both may hold the password.
+            raise ValueError(
+                "not an address; write it like redis://:password@host:6379/0, with what is not a "
+                "letter or digit in the password percent-encoded"
+            )
+        return value
+
+    @field_validator("otel_endpoint")
+    @classmethod
+    def _endpoint(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value and not urlsplit(value).hostname:
+            raise ValueError("it names no host; write it like http://collector:4318")
+        return value
 
     @field_validator("devices")
     @classmethod

@@ -20,8 +20,10 @@ from typing import Self
 import click
 
 from client import Stillroom, StillroomError
+from scripts.guard import MARK
 from scripts.processes import Guard, Process, TeamFailed, free_port
 from scripts.servers import Postgres, Redis, StopMode
+from workers.device import machine_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "wordnet" / "demo.py"
@@ -101,6 +103,11 @@ class Team:
             **self.options.settings,
         }
 
+    @property
+    def mark(self) -> str:
+        """What marks a process as one of the team's, so that it ends with it."""
+        return self._guard.mark
+
     def client(self) -> Stillroom:
         """Open a client with the operator's key; the caller closes it."""
         return Stillroom(self.url, api_key=self.api_key)
@@ -124,6 +131,9 @@ class Team:
         """Start one more worker; return its name. It joins the pool when it is ready."""
         threads = str(self.options.threads)
         own = {"STILL_THREADS": threads, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if (device or self.options.device) == "cpu":
+            # Together they offer what there is, not each of them all of it.
+            own["STILL_MEMORY_BYTES"] = str(machine_memory() // max(1, self.options.workers))
         return self._launch("worker", [device or self.options.device], {**own, **(env or {})})
 
     def start_beat(self, *, env: Mapping[str, str] | None = None) -> str:
@@ -275,7 +285,7 @@ def _ready(client: Stillroom) -> bool:
 
 def run_demo(team: Team) -> int:
     """Run the example's chain through the team; return its exit status."""
-    env = {**_inherited(), "STILL_API_KEY": team.api_key}
+    env = {**_inherited(), "STILL_API_KEY": team.api_key, MARK: team.mark}
     return subprocess.run(
         [sys.executable, DEMO, "--url", team.url], env=env, check=False
     ).returncode

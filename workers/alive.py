@@ -47,6 +47,10 @@ class AliveFile:
         finally:
             os.close(file)
 
+    def remove(self) -> None:
+        """Tell that no tick will come."""
+        self.path.unlink(missing_ok=True)
+
     def wrong(self) -> str | None:
         """Return what is wrong with the beat, or None."""
         try:

@@ -116,3 +116,4 @@ def serve(engine: Engine, *, settings: Settings, clock: Callable[[], datetime], 
     finally:
         beat.service.stop()
         hints.close()
+        alive.remove()

@@ -7,7 +7,7 @@ import logging
 import threading
 from datetime import timedelta
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from core.db.session import transaction
 from core.jobs import pool
@@ -95,5 +95,5 @@ class DeviceLoop:
         try:
             with transaction(self._runner.engine) as session:
                 pool.goodbye(session, self._runner.owner)
-        except OperationalError as outage:
+        except DBAPIError as outage:
             log.warning("left without a word, the database is away: %s", told(outage))

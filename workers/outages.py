@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from core.db.session import deadlocked
+from core.db.session import deadlocked, is_away
 from workers.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -22,21 +22,26 @@ class Outages:
         self._at = -float("inf")
         self._away = False
 
-    def surviving(self, step: Callable[[], bool]) -> bool:
-        """Return what ``step`` does; False, after a pause, where the database was away."""
+    def surviving(self, step: Callable[[], bool | None]) -> bool:
+        """Return what ``step`` does; False, after a pause, where the database was away.
+
+        A step that did not ask the database says None.
+        """
         try:
             done = step()
-        except (OperationalError, InterfaceError) as outage:
-            if deadlocked(outage):  # it is there, and nothing was written: the next time it passes
-                log.warning("again after a deadlock: %s", told(outage))
+        except DBAPIError as error:
+            if deadlocked(error):  # it is there, and nothing was written: the next time it passes
+                log.warning("again after a deadlock: %s", told(error))
                 return False
-            self.note(outage)
+            if not is_away(error):
+                raise
+            self.note(error)
             self._stop.wait(PAUSE)
             return False
-        if self._away:
+        if self._away and done is not None:
             log.info("the database is back")
             self._away = False
-        return done
+        return bool(done)
 
     def note(self, outage: DBAPIError) -> None:
         """Remember an outage; tell of its beginning."""

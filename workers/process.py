@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import threading
 from datetime import timedelta
 from importlib.util import find_spec
@@ -94,7 +93,8 @@ def _end_with_parent() -> None:
     """Leave at once when standard input closes: the kernel closes it however the server died."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1):
+        # Not sys.stdin: this thread would hold its lock while the interpreter ends.
+        while os.read(0, 1):
             pass
         tracing.close(limit_s=0.5)
         os._exit(0)

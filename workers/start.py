@@ -12,12 +12,12 @@ from typing import TypeVar
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session
 
 from core.artifacts.store import LocalStore, Store
 from core.db.models import ServiceFact
-from core.db.session import MIGRATIONS, make_engine, transaction
+from core.db.session import MIGRATIONS, is_away, make_engine, transaction
 from core.errors import Conflict
 from core.jobs import housekeeping, pool
 from core.jobs.pool import Place
@@ -129,8 +129,12 @@ def patiently(step: Callable[[], T], *, stop: Stop) -> T:
     while not stop.told:
         try:
             return step()
-        except (_NotYet, OperationalError) as error:
-            why = told(error) if isinstance(error, OperationalError) else str(error)
+        except _NotYet as error:
+            why = str(error)
+        except DBAPIError as error:
+            if not is_away(error):
+                raise
+            why = told(error)
         if why != said:
             log.warning("waiting for the database: %s", why)
             said = why

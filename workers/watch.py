@@ -59,7 +59,7 @@ class Watch:
                 self._do(duty)
             self._rest()
 
-    def _do(self, duty: Callable[[], bool]) -> None:
+    def _do(self, duty: Callable[[], bool | None]) -> None:
         """Do a duty; what nobody foresaw of it ends neither the others nor the thread."""
         try:
             self._outages.surviving(duty)
@@ -85,17 +85,17 @@ class Watch:
             self._node_state = state
         return True
 
-    def _look_after_the_dead(self) -> bool:
+    def _look_after_the_dead(self) -> bool | None:
         """Do the reconciler's duties; after an outage, first give the living time to renew."""
         runner = self._runner
         if self._outages.within(runner.rules.lease):
-            return False
+            return None
         tally = recovery.tick(runner.engine, now=runner.clock(), rules=runner.rules)
         return tally.released > 0
 
-    def _tidy(self) -> bool:
+    def _tidy(self) -> bool | None:
         if time.monotonic() - self._tidied_at < TIDY_EVERY.total_seconds():
-            return False
+            return None
         self._tidied_at = time.monotonic()
         runner = self._runner
         removed = housekeeping.tidy(runner.engine, runner.store, runner.scratch, now=runner.clock())

@@ -132,7 +132,7 @@ class LocalStore:
         limit = (now - older_than).timestamp()
         asks = referenced if callable(referenced) else referenced.__contains__
         orphans = [sha for sha in self._list() if self._is_orphan(sha, asks, limit)]
-        temps = [temp for temp in sorted(self._tmp.iterdir()) if _older(temp, limit)]
+        temps = [t for t in sorted(self._tmp.iterdir()) if t.is_file() and _older(t, limit)]
         if not dry_run:
             orphans = [sha for sha in orphans if self._take(sha, asks, limit)]
             for temp in temps:

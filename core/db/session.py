@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from core.db.models import Base
@@ -25,6 +25,7 @@ PATIENCE = {
 }
 """How long libpq believes in a host that vanished: seconds, the last one milliseconds."""
 DEADLOCKS = ("40P01", "40001")
+READ_ONLY = "25006"
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
@@ -94,6 +95,15 @@ def insert_or_touch(
     session.execute(
         statement.on_conflict_do_update(index_elements=keys, set_={touch: values[touch]})
     )
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the database cannot be reached, or takes no writes as a standby does: it may pass."""
+    if not isinstance(error, DBAPIError) or deadlocked(error):
+        return False
+    if isinstance(error, (OperationalError, InterfaceError)):
+        return True
+    return getattr(error.orig, "sqlstate", None) == READ_ONLY
 
 
 def deadlocked(error: DBAPIError) -> bool:

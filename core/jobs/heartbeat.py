@@ -51,6 +51,7 @@ class Heartbeat:
         self._moved = time.monotonic()
         self._told: StillroomError | None = None
         self._told_at = 0.0
+        self._unheard = False
         self._thread = threading.Thread(target=carried(self._beat), name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
@@ -97,7 +98,11 @@ class Heartbeat:
                 self.tell(lost)
             except DBAPIError as outage:
                 # The chunk goes on: should another attempt own it by then, the fence will tell.
-                log.warning("lease not renewed: %s", outage.orig)
+                if not self._unheard:
+                    log.warning("lease not renewed, trying again and again: %s", outage.orig)
+                self._unheard = True
+            else:
+                self._unheard = False
             if self._stuck():
                 self._on_stuck()
 

@@ -11,11 +11,10 @@ from datetime import datetime
 from typing import TypeVar
 
 from sqlalchemy import Engine, Select, func, or_, select
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, Worker
-from core.db.session import deadlocked, reading, transaction
+from core.db.session import is_away, reading, transaction
 from core.errors import DeadlinePassed, WorkerLost
 from core.jobs import lease, planning, pool, shares
 from core.jobs.lease import Rules
@@ -72,11 +71,9 @@ def _each(engine: Engine, ids: Sequence[T], work: Callable[[Session, T], bool]) 
         try:
             with transaction(engine) as session:
                 done += work(session, one)
-        except (OperationalError, InterfaceError) as error:
-            if not deadlocked(error):
-                raise  # the database is away: so it will be for the others
-            log.warning("a deadlock at %s: left to the next round", one)
-        except Exception:
+        except Exception as error:
+            if is_away(error):
+                raise  # so it will be for the others
             log.exception("the reconciler failed at %s", one)
     return done
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, func, select
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from core import logs, tracing
 from core.artifacts.store import Blob, Store
 from core.db.models import Artifact, CacheEntry, Chunk, Job, Output
-from core.db.session import reading, transaction
+from core.db.session import deadlocked, is_away, reading, transaction
 from core.errors import (
     Cancelled,
     ChunkCrashed,
@@ -257,12 +257,11 @@ class Runner:
             return told.code()
         except StillroomError as error:
             return self._give_up(claim, error)
-        except (OperationalError, InterfaceError) as outage:
-            # The database was away while the chunk read from it: nobody's fault, so not counted.
-            log.warning("chunk handed back: %s", outage.orig)
-            self._let_go(claim, lease.hand_back)
-            return HandedBack.code()
         except Exception as error:
+            if is_away(error):  # while the chunk read from it: nobody's fault, so not counted
+                log.warning("chunk handed back, the database was away: %s", error)
+                self._let_go(claim, lease.hand_back)
+                return HandedBack.code()
             log.exception("chunk crashed")
             return self._give_up(claim, classify(error))
         return "done"
@@ -351,8 +350,10 @@ class Runner:
             try:
                 with transaction(self.engine) as session:
                     return change(session)
-            except (OperationalError, InterfaceError) as outage:
-                log.warning("database away, trying again in %.1f s: %s", pause, outage.orig)
+            except DBAPIError as error:
+                if not (is_away(error) or deadlocked(error)):
+                    raise
+                log.warning("not written, trying again in %.1f s: %s", pause, error.orig)
                 if self._running is not None:
                     self._running.moved()
                 time.sleep(pause)

@@ -251,7 +251,7 @@ def test_projects_are_made_once_changed_and_listed(shared: TestClient) -> None:
     found = shared.get("/v1/projects", headers=OPERATOR).json()["items"]
     assert [one["name"] for one in found] == ["default", "uno"]
     for method in ("GET", "PATCH"):
-        body = {} if method == "PATCH" else None
+        body = {"weight": 1} if method == "PATCH" else None
         absent = shared.request(method, "/v1/projects/prj_x", json=body, headers=OPERATOR)
         problem_of(absent, 404, "not_found")
 

@@ -18,6 +18,7 @@ import pytest
 from api.__main__ import _url
 from api.app import open_data
 from tests.api.conftest import ECHO, make_settings
+from tests.conftest import wait_for
 
 TEAM = {
     "STILL_BROKER_URL": "redis://127.0.0.1:1/0",
@@ -40,6 +41,7 @@ def start(folder: Path, **more: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "api"],
         cwd=REPOSITORY,
+        start_new_session=True,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -88,6 +90,23 @@ def test_one_command_serves_runs_and_ends_on_sigterm(
     assert told == f"dashboard  {url}/\nAPI docs   {url}/docs\n"
     assert time.monotonic() - began < 10
     assert all(json.loads(line) for line in log.splitlines() if line.startswith("{"))
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_server_and_worker_at_once_ends_both_in_silence(
+    served: tuple["subprocess.Popen[str]", str], number: signal.Signals
+) -> None:
+    """As Ctrl-C on a terminal sends it."""
+    process, url = served
+    job = httpx2.post(f"{url}/v1/jobs", json=ECHO).json()["id"]
+    wait_for(lambda: httpx2.get(f"{url}/v1/jobs/{job}").json()["state"] == "succeeded")
+
+    os.killpg(process.pid, number)
+    _, log = process.communicate(timeout=30)
+
+    assert process.returncode == 0, log
+    assert "Fatal" not in log
     assert "Traceback" not in log
 
 
@@ -164,7 +183,14 @@ def test_announced_address_can_be_opened(host: str, shown: str) -> None:
         ({"STILL_PORT": "x"}, "STILL_PORT"),
         ({"STILL_HOST": "0.0.0.0"}, "STILL_API_KEY"),
         ({"STILL_API_KEY": "short-secret"}, "STILL_API_KEY"),
-        ({"STILL_DEVICES": "cpu"}, "devices"),
+        ({"STILL_DEVICES": "cpu"}, "STILL_DEVICES: not JSON; got 'cpu'; write JSON"),
+        ({"STILL_LEASE": "0.5"}, "STILL_LEASE: "),
+        ({"STILL_LEASE": "P9999D"}, "STILL_LEASE: "),
+        ({"STILL_SOFT_STOP": "P999999999D"}, "STILL_SOFT_STOP: "),
+        ({"STILL_ATTEMPTS": '{"worker_lst": 3}'}, "STILL_ATTEMPTS: no error 'worker_lst' is tried"),
+        ({"STILL_DATA_DIR": "~nobody-of-this-name/x"}, "STILL_DATA_DIR: no such folder"),
+        ({"STILL_DATA_DIR": ""}, "STILL_DATA_DIR: no folder is named"),
+        ({"STILL_OTEL_ENDPOINT": "http://"}, "STILL_OTEL_ENDPOINT: it names no host"),
         ({"STILL_HOST": "no.such.host.invalid", "STILL_API_KEY": "x" * 16}, "stillroom: "),
         ({"STILL_DATA_DIR": "/proc/nothing"}, "/proc/nothing"),
         ({"STILL_RATE_LIMIT": "often"}, "STILL_RATE_LIMIT: 'often' is no limit"),
@@ -175,6 +201,16 @@ def test_announced_address_can_be_opened(host: str, shown: str) -> None:
         (
             {**TEAM, "STILL_API_KEY": "x" * 16, "STILL_BROKER_URL": "amqp://u:short-secret@h"},
             "STILL_BROKER_URL must begin with redis://",
+        ),
+        *(
+            ({**TEAM, "STILL_API_KEY": "x" * 16, "STILL_BROKER_URL": url}, "STILL_BROKER_URL: not")
+            for url in (
+                "redis://:short-secret/more@h:6379/0",
+                "redis://:short-secret@h:abc/0",
+                "redis://:short-secret@[::1/0",
+                "redis://:short-secret@h/notadb",
+                "redis://",
+            )
         ),
         (
             {**TEAM, "STILL_API_KEY": "x" * 16, "STILL_DATABASE_URL": "sqlite:///x.db"},

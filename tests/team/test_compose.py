@@ -129,7 +129,7 @@ def places(folder: Path, postgres: Postgres) -> tuple[dict[str, str], dict[str, 
     secrets = {
         "POSTGRES_PASSWORD": postgres.password,
         "REDIS_PASSWORD": "a-password-of-redis",
-        "STILL_API_KEY": KEY,
+        "STILL_OPERATOR_KEY": KEY,
         "STILL_KEY_SECRET": "0123456789abcdef0123456789abcdef",
     }
     redis = str(free_port())

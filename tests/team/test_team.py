@@ -159,6 +159,33 @@ def test_nothing_outlives_the_process_that_started_the_team(number: int) -> None
 
 
 @pytest.mark.chaos
+def test_the_demo_ends_with_the_command_that_started_it() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "scripts.team"], stdout=subprocess.DEVNULL, cwd=ROOT
+    )
+
+    def children() -> list[int]:
+        listed = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
+        return [int(pid) for pid in listed if b"demo.py" in command_of(pid)]
+
+    try:
+        until(lambda: bool(children()), limit_s=120)
+        [demo] = children()
+    finally:
+        owner.kill()
+        owner.wait(60)
+
+    until(lambda: b"demo.py" not in command_of(demo))
+
+
+def command_of(pid: int | str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.chaos
 def test_every_api_serves_the_same_jobs(running: Team) -> None:
     first, second = running.urls
     with (

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InternalError, OperationalError
 
 from core.artifacts.store import LocalStore
 from core.db.models import Chunk, Event, Worker
@@ -64,12 +65,11 @@ def the_chunk(engine: Engine, job_id: str) -> Chunk:
 
 
 def test_a_busy_worker_takes_back_chunks_of_the_dead(engine: Engine, runner: Runner) -> None:
-    rules = Rules(lease=SHORT)
     victim = submit(engine, now, priority=100)
-    claim(engine, now, owner="dead", rules=rules)
+    claim(engine, now, owner="dead", rules=Rules(lease=SHORT))
     noise = submit(engine, now, times=1000)
 
-    with running(replace(runner, rules=rules), poll=timedelta(milliseconds=50)):
+    with running(runner, poll=timedelta(milliseconds=50)):
         wait_for(is_in(engine, victim, "succeeded"))
         still_busy = state(engine, noise) == "running"
         with reading(engine) as session:
@@ -178,6 +178,39 @@ def test_an_outage_is_told_once_and_survived(caplog: pytest.LogCaptureFixture) -
     assert not before
     assert outages.within(LONG)
     assert not outages.within(timedelta(0))
+
+
+def test_a_duty_that_did_not_ask_tells_of_no_database(caplog: pytest.LogCaptureFixture) -> None:
+    stop = Stop()
+    outages = Outages(stop)
+    stop.tell()  # no pause
+
+    def away() -> bool:
+        raise InternalError("INSERT", {}, psycopg.errors.ReadOnlySqlTransaction("a standby"))
+
+    with caplog.at_level(logging.INFO, "workers.outages"):
+        for step in (away, lambda: None, away, lambda: None, lambda: False):
+            outages.surviving(step)
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_what_nobody_foresaw_of_a_duty_ends_no_watch(engine: Engine, runner: Runner) -> None:
+    failures = iter([ValueError("no such time"), OSError("a stale file handle")])
+
+    def clock() -> datetime:
+        if threading.current_thread().name == "watch":
+            for error in failures:
+                raise error
+        return now()
+
+    with running(replace(runner, clock=clock)):
+
+        def is_seen() -> bool:
+            with reading(engine) as session:
+                return bool(pool.usable(session, now=now()))
+
+        wait_for(is_seen)
 
 
 def test_after_an_outage_the_living_get_time_to_renew(engine: Engine, runner: Runner) -> None:

@@ -1,0 +1,61 @@
+"""What an error of the database means."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Engine, text, update
+from sqlalchemy.exc import DBAPIError
+
+from core.db.models import ServiceFact
+from core.db.session import deadlocked, insert_new, is_away, make_engine, transaction
+
+ON_POSTGRES = pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
+
+
+@ON_POSTGRES
+def test_a_standby_is_a_database_that_is_away(engine: Engine) -> None:
+    standby = engine.execution_options(postgresql_readonly=True)
+    with pytest.raises(DBAPIError) as caught, transaction(standby) as session:
+        insert_new(session, ServiceFact, {"key": "new", "value": "1"})
+
+    assert is_away(caught.value)
+    assert not deadlocked(caught.value)
+
+
+def test_nobody_there_is_away_and_a_broken_rule_is_not(engine: Engine) -> None:
+    nobody = make_engine("postgresql+psycopg://u:p@127.0.0.1:1/x")
+    with pytest.raises(DBAPIError) as absent, nobody.connect():
+        pass
+    with pytest.raises(DBAPIError) as broken, transaction(engine) as session:
+        session.execute(text("INSERT INTO service_facts (key) VALUES ('no value')"))
+
+    assert is_away(absent.value)
+    assert not is_away(broken.value)
+    assert not is_away(ValueError("of another world"))
+
+
+@ON_POSTGRES
+def test_a_deadlock_is_no_outage(engine: Engine) -> None:
+    keys = ("a", "b")
+    with transaction(engine) as session:
+        for key in keys:
+            insert_new(session, ServiceFact, {"key": key, "value": ""})
+    gate = threading.Barrier(2)
+
+    def lock(first: str, second: str) -> None:
+        with transaction(engine) as session:
+            for key in (first, second):
+                where = ServiceFact.key == key
+                session.execute(update(ServiceFact).where(where).values(value=first))
+                if key == first:
+                    gate.wait()
+
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(lock, *keys), threads.submit(lock, *reversed(keys))]
+        errors = [one.exception() for one in both]
+
+    [victim] = [error for error in errors if error is not None]
+    assert isinstance(victim, DBAPIError)
+    assert deadlocked(victim)
+    assert not is_away(victim)
