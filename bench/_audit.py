@@ -12,10 +12,20 @@ from sqlalchemy.orm import Session
 
 from bench._feeder import Sent
 from core.artifacts.store import LocalStore
-from core.db.models import Artifact, Chunk, Event, IdempotencyKey, Job, MetricPoint, Output
+from core.db.models import (
+    Artifact,
+    Chunk,
+    Event,
+    IdempotencyKey,
+    Job,
+    MetricPoint,
+    Output,
+    Project,
+)
 from core.db.session import reading
 from core.errors import NotFound
 from core.jobs import housekeeping
+from core.jobs.shares import Fairness
 from core.jobs.states import ChunkState, JobState
 from workers.start import utc_now
 
@@ -47,7 +57,7 @@ def audit(engine: Engine, data_dir: Path, sent: Sequence[Sent]) -> Findings:
     with reading(engine) as session:
         lost = _lost(session, store, sent)
         twice = _twice(session)
-        wrong += lost + twice + _sums(session) + _rows(session, sent)
+        wrong += lost + twice + _sums(session) + _ledger(session) + _rows(session, sent)
         chunks, attempts = session.execute(
             select(func.count(), func.coalesce(func.sum(Chunk.attempt), 0)).select_from(Chunk)
         ).one()
@@ -121,6 +131,24 @@ def _sums(session: Session) -> list[str]:
                 f"{job.id}: says {said} and {job.device_seconds} s, "
                 f"its chunks {(count, done, attempts)} and {seconds} s"
             )
+    return wrong
+
+
+def _ledger(session: Session) -> list[str]:
+    """Compare what projects are charged with what their chunks took; use decays, if slowly."""
+    used = dict(
+        session.execute(
+            select(Job.project_id, func.sum(Job.device_seconds)).group_by(Job.project_id)
+        ).all()
+    )
+    first = session.scalar(select(func.min(Job.created_at)))
+    wrong = []
+    for project in session.scalars(select(Project)):
+        most = used.get(project.id, 0.0)
+        span = project.usage_at - first if first is not None else timedelta(0)
+        least = Fairness().decayed(most, max(span, timedelta(0)))
+        if not least - 1e-6 <= project.usage <= most + 1e-6:
+            wrong.append(f"{project.id}: charged {project.usage} s of {least} to {most} s")
     return wrong
 
 

@@ -1,4 +1,8 @@
-"""Kills and restarts on a seeded schedule. A victim is a process that could do harm again."""
+"""Kills, freezes and restarts on a seeded schedule. A victim is a process that could do harm again.
+
+A killed worker writes nothing more. One that is frozen until its chunk has been taken from it, and
+then goes on, does: whether that is refused is what the fence is for.
+"""
 
 import random
 import signal
@@ -19,7 +23,7 @@ from core.jobs.states import RUNNING_CHUNK
 from scripts.servers import StopMode
 from scripts.team import Team
 
-Sort = Literal["worker", "api", "both", "flush", "restart"]
+Sort = Literal["worker", "api", "both", "freeze", "flush", "restart"]
 MIX: dict[Sort, float] = {"worker": 0.60, "api": 0.25, "both": 0.15}
 LAST = 0.97
 """Of the chunks: when the last blow falls."""
@@ -27,7 +31,9 @@ BLIND = 0.3
 """Of the workers: killed without a look at what they do."""
 LOOKS = 12
 """At a worker before it is killed all the same."""
-MODES: tuple[StopMode, ...] = ("fast", "crash", "immediate")
+TAKEN_S = 20.0
+"""Until a frozen worker's chunk has been taken back: its lease, and a look of the reconciler."""
+MODES: tuple[StopMode, ...] = ("crash", "fast", "immediate")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Blow:
 
 
 def plan_blows(
-    *, chunks: int, kills: int, flushes: int, database_restarts: int, seed: int
+    *, chunks: int, kills: int, freezes: int, flushes: int, database_restarts: int, seed: int
 ) -> list[Blow]:
     """Return the blows in order: kills all over the run, the others each in a part of their own."""
     rng = random.Random(f"{seed} blows")
@@ -52,6 +58,7 @@ def plan_blows(
         sorts.append(sort)
         left -= 2 if sort == "both" else 1
     blows = _spread(sorts, chunks, rng)
+    blows += _spread(["freeze"] * freezes, chunks, rng)
     blows += _spread(["flush"] * flushes, chunks, rng)
     blows += _spread(["restart"] * database_restarts, chunks, rng)
     return sorted(blows, key=lambda blow: blow.at_chunk)
@@ -84,6 +91,8 @@ class Striker:
         if blow.sort == "flush":
             self._team.flush_redis()
             self.blows["flush"] += 1
+        elif blow.sort == "freeze":
+            return self._freeze()
         elif blow.sort == "restart":
             mode = next(self._modes)
             self._team.restart_postgres(mode)
@@ -99,7 +108,8 @@ class Striker:
             return False
         names = [name for name in victims if name is not None]
         if sorts[0] == "worker":
-            self.hits += self._caught_at_work(names[0])
+            looks = 1 if self._rng.random() < BLIND else LOOKS
+            self.hits += self._caught_at_work(names[0], looks=looks)
         for name in names:
             self._team.processes[name].send(signal.SIGKILL)
         for one, name in zip(sorts, names, strict=True):
@@ -108,6 +118,20 @@ class Striker:
             self._team.processes[name].start()
         self.blows["both at once"] += sort == "both"
         return True
+
+    def _freeze(self) -> bool:
+        """Freeze a worker at a chunk until the chunk is no longer its own, and let it go on."""
+        name = self._victim("worker")
+        if name is None or not self._caught_at_work(name, looks=LOOKS):
+            return False
+        process = self._team.processes[name]
+        until = time.monotonic() + TAKEN_S
+        while self._at_work(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        taken = not self._at_work(process.pid)
+        process.send(signal.SIGCONT)
+        self.blows["freeze"] += taken
+        return taken
 
     def _victim(self, sort: str) -> str | None:
         """Return a process that is up and serves; None where there is none yet."""
@@ -126,19 +150,22 @@ class Striker:
         except OSError:
             return False
 
-    def _caught_at_work(self, name: str) -> bool:
+    def _caught_at_work(self, name: str, *, looks: int) -> bool:
         """Freeze the worker at a random moment until it holds a chunk; it stays frozen.
 
         SQL is asked while it cannot move, so what it holds at the kill is known.
         """
         process = self._team.processes[name]
-        for _ in range(1 if self._rng.random() < BLIND else LOOKS):
+        for _ in range(looks):
             process.send(signal.SIGSTOP)
-            if process.pid in self._pids(select(Chunk.owner).where(Chunk.state == RUNNING_CHUNK)):
+            if self._at_work(process.pid):
                 return True
             process.send(signal.SIGCONT)
             time.sleep(self._rng.uniform(0.0, 0.05))
         return False
+
+    def _at_work(self, pid: int) -> bool:
+        return pid in self._pids(select(Chunk.owner).where(Chunk.state == RUNNING_CHUNK))
 
     def _pids(self, owners: Select[Any]) -> set[int]:
         """Return the process numbers in some owners' names; none while the database is away."""

@@ -1,7 +1,8 @@
 """Nothing is lost and nothing is applied twice, whatever is killed: the team under a hail of blows.
 
 Many small echo jobs are submitted over HTTP, each under an idempotency key, while workers and APIs
-are killed with SIGKILL, Redis is emptied and PostgreSQL is restarted. Then rows and stored bytes
+are killed with SIGKILL, workers are frozen until their chunk was given to another and then go on,
+Redis is emptied and PostgreSQL is restarted. Then rows, the ledger of device time and stored bytes
 are checked against what was submitted.
 
 Leases are short (2 s) so that a lost chunk comes back soon, a chunk may be hit often (worker_lost
@@ -48,6 +49,7 @@ class Plan:
 
     chunks: int = 20_000
     kills: int = 200
+    freezes: int = 10
     workers: int = 2
     apis: int = 2
     flushes: int = 2
@@ -75,6 +77,11 @@ class Outcome:
     def kills(self) -> int:
         """How often SIGKILL was sent to a worker or an API."""
         return self.blows["worker"] + self.blows["api"]
+
+    @property
+    def restarts(self) -> int:
+        """How often PostgreSQL was restarted, in whatever way."""
+        return sum(count for name, count in self.blows.items() if name.startswith("database"))
 
 
 def wanted(plan: Plan) -> list[Wanted]:
@@ -104,6 +111,7 @@ def run(plan: Plan, *, tell: Callable[[str], None] = lambda _: None) -> Outcome:
         blows = plan_blows(
             chunks=plan.chunks,
             kills=plan.kills,
+            freezes=plan.freezes,
             flushes=plan.flushes,
             database_restarts=plan.database_restarts,
             seed=plan.seed,
@@ -232,7 +240,16 @@ def main() -> int:
     """Run it and judge."""
     plan = Plan()
     parser = options(__doc__)
-    for name in ("chunks", "kills", "workers", "apis", "flushes", "database-restarts", "seed"):
+    for name in (
+        "chunks",
+        "kills",
+        "freezes",
+        "workers",
+        "apis",
+        "flushes",
+        "database-restarts",
+        "seed",
+    ):
         value = getattr(plan, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=value, help=f"[default: {value}]")
     parser.add_argument("--limit-s", type=float, default=plan.limit_s, help="give up after so long")
@@ -252,6 +269,10 @@ def main() -> int:
         Figure("applied twice", found.twice, 0, at_most=True),
         Figure("other disagreements", len(found.wrong), 0, at_most=True),
         Figure("kills", outcome.kills, plan.kills),
+        Figure("workers killed at a chunk", outcome.hits, outcome.blows["worker"] / 2),
+        Figure("freezes", outcome.blows["freeze"], plan.freezes),
+        Figure("flushes", outcome.blows["flush"], plan.flushes),
+        Figure("database restarts", outcome.restarts, plan.database_restarts),
         check=check,
     )
 

@@ -34,6 +34,8 @@ from scripts.team import Options, Team
 REDIS_S, EMBEDDED_S, LIST_S, POLLS = 0.1, 1.0, 0.05, 500.0
 OTHERS = 4
 BASES = ("SQLite", "PostgreSQL")
+SERVERS = {"SQLite": 1, "PostgreSQL": 2}
+"""Processes that answer polls on two cores: an embedded server is one."""
 LIMIT_S = 30.0
 
 
@@ -249,14 +251,14 @@ def main() -> int:
     costs = ["server", "database", "who asks"]
     print_table(["database", "servers", "jobs", "polls/s", "p95, ms", *costs], polled)
     print("server, database, who asks: CPU of one poll, ms")
-    fastest = next(r[3] for r in polled if (r[0], r[1], r[2]) == ("PostgreSQL", 2, "mixed"))
+    slowest = min(row[3] for row in polled if row[1] == SERVERS[row[0]])
     slow = {name: max(row[3] for row in listed if row[0] == name) / 1e3 for name in BASES}
     return verdict(
         "dispatch_latency",
         Figure("Redis: start p95, s", late["Redis"], REDIS_S, at_most=True),
         Figure("embedded: start p95, s", late["embedded"], EMBEDDED_S, at_most=True),
         *(Figure(f"{name}: list p95, s", slow[name], LIST_S, at_most=True) for name in BASES),
-        Figure("polls/s", fastest, POLLS),
+        Figure("polls/s, the slowest sort", slowest, POLLS),
         check=told.check,
     )
 

@@ -181,7 +181,7 @@ class Team:
         return [name for name in self.processes if name.startswith(f"{sort}-")]
 
     def wait_workers(self, count: int, *, limit_s: float = READY_S) -> None:
-        """Return once the pool counts at least ``count`` living workers."""
+        """Return once the pool counts ``count`` workers that are this team's and run now."""
         until = time.monotonic() + limit_s
         while self._alive() < count:
             for name in self.names("worker"):
@@ -250,8 +250,9 @@ class Team:
     def _alive(self) -> int:
         for url in self.urls:
             with Stillroom(url, api_key=self.api_key) as client, suppress(StillroomError):
-                alive: int = client.ready()["workers_alive"]
-                return alive
+                there = {int(one["id"].split(":")[2]) for one in client.ready()["workers"]}
+                mine = (self.processes[name] for name in self.names("worker"))
+                return sum(process.alive and process.pid in there for process in mine)
         return 0
 
     def _stop(self) -> None:

@@ -31,7 +31,7 @@ class Blob:
 
 
 class Store(Protocol):
-    """Where blobs live; one class for local files, one for object storage."""
+    """Where blobs live."""
 
     def identity(self) -> str:
         """Return the store's own name, the same for ever."""

@@ -160,16 +160,9 @@ class Job(Base):
         Index(
             "ix_jobs_deadline",
             "deadline_at",
-            sqlite_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
-            postgresql_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
+            **_only("finished_at IS NULL AND deadline_at IS NOT NULL"),
         ),
-        Index(
-            "ix_jobs_open",
-            "state",
-            "project_id",
-            sqlite_where=text("finished_at IS NULL"),
-            postgresql_where=text("finished_at IS NULL"),
-        ),
+        Index("ix_jobs_open", "state", "project_id", **_only("finished_at IS NULL")),
         # What the figures sum up lies in the index itself; a job enters it once, when it is over.
         Index(
             "ix_jobs_over",

@@ -134,7 +134,7 @@ def _kmeans(units: Array, spec: KMeans, seed: int, report: Report) -> Array:
     n, d = units.shape
     distinct = len(np.unique(units, axis=0))
     count = min(spec.max_clusters, distinct, max(1, n // spec.min_cluster_size))
-    rounds = max(1, int(SLICE_FLOPS / (2.0 * n * max(d, 32) * count)))
+    rounds = max(2, int(SLICE_FLOPS / (2.0 * n * max(d, 32) * count)))
     return lloyd(units, count, seed=seed, rounds=rounds, report=report)
 
 
@@ -145,7 +145,8 @@ def lloyd(units: Array, count: int, *, seed: int, rounds: int, report: Report = 
         units: [n, d] floating.
         count: of clusters, at most the number of distinct rows.
         seed: of the first centres.
-        rounds: after so many it reports, and goes on from its own centres; they change no label.
+        rounds: after so many, 2 at least, it reports and goes on from its own centres; they change
+            no label. One alone would never tell that it has converged.
         report: what it raises ends the work.
 
     Returns:

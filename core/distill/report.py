@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.distill.evaluation import Evaluation, Row
 
+P = ParamSpec("P")
 INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
 HEADER = (
     "| | hit@1 | hit@5 | hit@10 | hit@1 - raw (95 %) | hit@1 - global (95 %) "
@@ -98,6 +101,18 @@ def markdown(
     return "\n".join(lines)
 
 
+def _plain(draw: Callable[P, None]) -> Callable[P, None]:
+    """Draw by matplotlib's own defaults, whatever a matplotlibrc of this machine says."""
+
+    @wraps(draw)
+    def plainly(*args: P.args, **kwargs: P.kwargs) -> None:
+        with rc_context(rcParamsDefault):
+            draw(*args, **kwargs)
+
+    return plainly
+
+
+@_plain
 def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Draw loss (log scale) and validation cosine against the epoch; says so where none ran."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -119,6 +134,7 @@ def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     _save(figure, path)
 
 
+@_plain
 def draw_hits(path: Path, evaluation: Evaluation) -> None:
     """Draw hit@1, 5 and 10 of every row as bars."""
     rows = evaluation.rows

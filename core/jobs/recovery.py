@@ -46,12 +46,6 @@ def tick(engine: Engine, *, now: datetime, rules: Rules) -> Tally:
     )
 
 
-def any_expired(engine: Engine, *, now: datetime) -> bool:
-    """Return whether release_expired would find work; reads only."""
-    with reading(engine) as session:
-        return session.scalar(_expired(now).limit(1)) is not None
-
-
 def _expired(now: datetime) -> Select[int]:
     return select(Chunk.id).where(Chunk.state == RUNNING_CHUNK, Chunk.lease_until < now)
 

@@ -15,13 +15,14 @@ def float_bytes(*shape: int) -> int:
 
 def write_json(path: Path, value: Any, *, format_name: str, **meta: Any) -> Produced:
     """Write JSON with sorted keys; no NaN."""
-    path.write_text(json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")
     return Produced(path, format_name, path.name, "application/json", meta)
 
 
 def read_json(path: Path) -> Any:
     """Read what write_json wrote."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def blocks(total: int, size: int) -> list[tuple[int, int]]:

@@ -25,9 +25,9 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Write the lines so far and one more."""
     before = chunk.latest("lines")
-    said = before["so_far"].path.read_text() if before else ""
+    said = before["so_far"].path.read_text(encoding="utf-8") if before else ""
     path = chunk.workdir / "echo.txt"
-    path.write_text(said + spec.text + "\n")
+    path.write_text(said + spec.text + "\n", encoding="utf-8")
     chunk.progress(1, 1)
     text = Produced(path, "text", "echo.txt", "text/plain", {"lines": chunk.index + 1})
     lines = [Metric("lines", chunk.index, chunk.index + 1.0)]

@@ -12,23 +12,23 @@ from bench._blows import plan_blows
 from bench._feeder import Sent, Wanted
 from bench.chaos import Plan, run
 from core.artifacts.store import LocalStore
-from core.db.models import Chunk, Event, Job, MetricPoint, Output
+from core.db.models import Chunk, Event, Job, MetricPoint, Output, Project
 from core.db.session import transaction
 from core.jobs import service
 from core.kinds._base import kinds
 from tests import life
 from tests.conftest import Clock, make_runner
 
-SHORT = Plan(chunks=1_000, kills=20, flushes=1, database_restarts=1, limit_s=270.0)
+SHORT = Plan(chunks=1_000, kills=20, freezes=2, flushes=1, database_restarts=1, limit_s=600.0)
 JOBS = [Wanted("key-0", "one", 1), Wanted("key-1", "three", 3), Wanted("key-2", "one", 1)]
 
 
 def test_blows_are_as_many_as_asked_and_over_before_the_work_is() -> None:
-    blows = plan_blows(chunks=1_000, kills=20, flushes=1, database_restarts=2, seed=0)
+    blows = plan_blows(chunks=1_000, kills=20, freezes=3, flushes=1, database_restarts=2, seed=0)
 
     sorts = [blow.sort for blow in blows]
     assert sum({"worker": 1, "api": 1, "both": 2}.get(sort, 0) for sort in sorts) == 20
-    assert (sorts.count("flush"), sorts.count("restart")) == (1, 2)
+    assert [sorts.count(sort) for sort in ("freeze", "flush", "restart")] == [3, 1, 2]
     assert blows == sorted(blows, key=lambda blow: blow.at_chunk)
     assert blows[-1].at_chunk < 1_000
 
@@ -105,6 +105,12 @@ def wrong_sum(engine: Engine, data: Path, sent: list[Sent]) -> None:
         session.get_one(Job, sent[0].job_id).device_seconds += 1
 
 
+def charged_twice(engine: Engine, data: Path, sent: list[Sent]) -> None:
+    with transaction(engine) as session:
+        for project in session.query(Project):
+            project.usage *= 2
+
+
 def still_running(engine: Engine, data: Path, sent: list[Sent]) -> None:
     with transaction(engine) as session:
         chunks = update(Chunk).where(Chunk.job_id == sent[0].job_id)
@@ -142,6 +148,7 @@ def copy_left(engine: Engine, data: Path, sent: list[Sent]) -> None:
         (other_bytes, 3, 0),
         (no_bytes, 3, 0),
         (wrong_sum, 0, 0),
+        (charged_twice, 0, 0),
         (still_running, 0, 0),
         (point_missing, 0, 0),
         (output_missing, 1, 0),
@@ -164,7 +171,7 @@ def test_the_audit_sees_every_harm(
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(330)
+@pytest.mark.timeout(660)
 def test_kills_a_flush_and_a_restart_lose_nothing_and_apply_nothing_twice() -> None:
     outcome = run(SHORT, tell=print)
 
@@ -174,6 +181,8 @@ def test_kills_a_flush_and_a_restart_lose_nothing_and_apply_nothing_twice() -> N
     assert found.ends["chunk.done"] == found.chunks == SHORT.chunks
     assert outcome.kills == SHORT.kills
     assert outcome.blows["flush"] == SHORT.flushes
+    assert outcome.blows["database restart, crash"] == SHORT.database_restarts == 1
+    assert outcome.blows["freeze"] == SHORT.freezes > 0
     assert outcome.hits >= outcome.blows["worker"] / 2, "most kills hit running work"
     assert found.attempts >= found.chunks + outcome.hits / 2, "what was lost was done again"
     print(f"{outcome.kills} kills, {found.attempts - found.chunks} chunks done again")

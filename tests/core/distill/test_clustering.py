@@ -104,7 +104,7 @@ def test_centroids_are_means() -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**31), rounds=st.integers(1, 7))
+@given(seed=st.integers(0, 2**31), rounds=st.integers(2, 7))
 def test_kmeans_that_pauses_to_report_finds_the_same_clusters(seed: int, rounds: int) -> None:
     units = unit(np.random.default_rng(seed).standard_normal((400, 6))).astype(np.float32)
     told = []
@@ -112,7 +112,7 @@ def test_kmeans_that_pauses_to_report_finds_the_same_clusters(seed: int, rounds:
     found = lloyd(units, 9, seed=seed, rounds=rounds, report=lambda: told.append(1))
 
     assert np.array_equal(found, lloyd(units, 9, seed=seed, rounds=300))
-    assert len(told) > 1
+    assert 1 < len(told) < 300 / rounds, "it ends where nothing moves any more"
 
 
 @pytest.mark.parametrize("spec", METHODS[:2], ids=lambda spec: spec.method)

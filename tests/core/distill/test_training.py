@@ -49,21 +49,25 @@ def start(name: str, training: Training) -> TrainState:
     return TrainState.start(make_student(name), training, seed=2)
 
 
+@pytest.mark.parametrize("restless", [False, True], ids=["calm", "past its best"])
 @every_student
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, tmp_path: Path) -> None:
-    training = make_training()
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    name: str, tmp_path: Path, *, restless: bool
+) -> None:
+    training = make_training(**({"epochs": 5, "learning_rate": 0.5} if restless else {}))
     whole = start(name, training)
-    run_epochs(whole, make_data(training), 0, 3, quiet)
+    run_epochs(whole, make_data(training), 0, training.epochs, quiet)
+    assert (whole.best_cosine > whole.history[-1]["validation_cosine"]) == restless
 
     state = start(name, training)
-    for epoch in range(3):
+    for epoch in range(training.epochs):
         run_epochs(state, make_data(training), epoch, epoch + 1, quiet)
         state.save(tmp_path / "state.safetensors")
         state = TrainState.load(tmp_path / "state.safetensors")
 
     assert digest(state, tmp_path) == digest(whole, tmp_path)
     assert state.history == whole.history
-    assert [row["epoch"] for row in whole.history] == [1, 2, 3]
+    assert [row["epoch"] for row in whole.history] == list(range(1, training.epochs + 1))
 
 
 @every_student

@@ -1,16 +1,18 @@
 """However many workers share the chunks of a job, and whatever dies, the bytes are the same."""
 
 import os
-import random
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from core.artifacts.store import LocalStore
 from core.db.models import Chunk
@@ -43,10 +45,19 @@ class Crew:
                 command, env=self._env, stdin=subprocess.PIPE, stdout=log, stderr=log
             )
 
-    def kill_one(self, number: int) -> None:
-        """SIGKILL a worker and start another in its place."""
-        _end([self.processes[number]])
-        self.processes[number] = self._start()
+    def kill_at_work(self, at_work: Callable[[int], bool]) -> bool:
+        """SIGKILL a worker that holds a chunk, and start another; False where none was caught.
+
+        It is frozen before anybody looks, so what it holds at the kill is known.
+        """
+        for number, process in enumerate(self.processes):
+            process.send_signal(signal.SIGSTOP)
+            if at_work(process.pid):
+                _end([process])
+                self.processes[number] = self._start()
+                return True
+            process.send_signal(signal.SIGCONT)
+        return False
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -67,8 +78,19 @@ def crew(folder: Path, workers: int) -> Iterator[Crew]:
         _end(found.processes)
 
 
-def run_everything(folder: Path, *, workers: int, kills: int = 0) -> tuple[Files, int]:
-    """Run every kind once; return every file by where it came from, and the attempts in all."""
+@dataclass(frozen=True)
+class Ran:
+    """What came of running every kind once."""
+
+    files: Files
+    """By where they came from."""
+    attempts: int
+    owners: int
+    """Workers whose chunks were adopted."""
+
+
+def run_everything(folder: Path, *, workers: int, kills: Sequence[str | None] = ()) -> Ran:
+    """Run every kind once; ``kills``: stages (None: any) at whose chunks a worker is killed."""
     folder.mkdir()
     engine = make_engine(f"sqlite:///{folder / 'stillroom.db'}")
     upgrade(engine)
@@ -78,48 +100,53 @@ def run_everything(folder: Path, *, workers: int, kills: int = 0) -> tuple[Files
         housekeeping.bind_store(session, world.store.identity())
     jobs = world.chain(world.upload(tiny_pairs()))
     assert set(jobs) == set(kinds()), "a new kind joins the chain"
-    chance = random.Random(kills)
+    wanted = list(kills)
     with crew(folder, workers) as there:
         until = time.monotonic() + 240
         while any(world.job(job_id).state not in TERMINAL for job_id in jobs.values()):
             assert time.monotonic() < until, (folder / "workers.log").read_text()[-4000:]
-            time.sleep(0.1)
-            if kills and _something_runs(world):
-                time.sleep(chance.random() / 2)
-                there.kill_one(chance.randrange(workers))
-                kills -= 1
+            time.sleep(0.01)
+            if wanted and there.kill_at_work(lambda pid: _at_work(world, pid, wanted[0])):
+                wanted.pop(0)
+    assert not wanted, "every kill hit work"
     ended = {
         kind: (world.job(job_id).state, world.job(job_id).error) for kind, job_id in jobs.items()
     }
     assert ended == dict.fromkeys(jobs, ("succeeded", None))
     attempts = sum(world.job(job_id).attempts for job_id in jobs.values())
-    files = world.files()
+    with reading(engine) as session:
+        owners = len(set(session.scalars(select(Chunk.owner))))
+    found = Ran(world.files(), attempts, owners)
     engine.dispose()
-    return files, attempts
+    return found
 
 
-def _something_runs(world: World) -> bool:
+def _at_work(world: World, pid: int, stage: str | None) -> bool:
+    """Whether a worker holds a chunk (of a stage), as SQL shows it."""
+    held = select(Chunk.owner).where(Chunk.state == "running")
+    if stage is not None:
+        held = held.where(Chunk.stage == stage)
     with reading(world.engine) as session:
-        return session.query(Chunk.id).filter(Chunk.state == "running").first() is not None
+        return any(owner and int(owner.split(":")[2]) == pid for owner in session.scalars(held))
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Files, int]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return run_everything(tmp_path_factory.mktemp("alone") / "data", workers=1)
 
 
-def test_every_kind_gives_the_same_bytes_with_four_workers(
-    alone: tuple[Files, int], tmp_path: Path
-) -> None:
-    files, _ = run_everything(tmp_path / "data", workers=4)
+def test_every_kind_gives_the_same_bytes_with_four_workers(alone: Ran, tmp_path: Path) -> None:
+    found = run_everything(tmp_path / "data", workers=4)
 
-    assert files == alone[0]
+    assert found.files == alone.files
+    assert found.owners > 1
 
 
 def test_every_kind_gives_the_same_bytes_with_two_workers_that_are_killed(
-    alone: tuple[Files, int], tmp_path: Path
+    alone: Ran, tmp_path: Path
 ) -> None:
-    files, attempts = run_everything(tmp_path / "data", workers=2, kills=4)
+    kills = [None, "targets", "train", None]
+    found = run_everything(tmp_path / "data", workers=2, kills=kills)
 
-    assert files == alone[0]
-    assert attempts <= alone[1] + 4, "a kill costs at most one chunk"
+    assert found.files == alone.files
+    assert found.attempts >= alone.attempts + len(kills), "each kill cost the chunk it hit"
