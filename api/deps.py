@@ -1,5 +1,6 @@
 """What a route may reach, and whom it serves: one Context, and a Principal with the right scope."""
 
+import math
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from core.jobs import audit, overview, recovery, status
 from core.jobs.hints import Hints
 from core.jobs.keys import Principal, Scope
 from core.jobs.shares import Fairness
+from core.jobs.states import TERMINAL
 from core.jobs.uploads import Uploads
 from core.settings import Settings
 
@@ -71,9 +73,10 @@ class Lane:
 
 
 class Foretold:
-    """Remembers how a job stands where finding out is dear: behind a queue of thousands.
+    """Remembers how a job stands where finding out is dear, or cannot change: it is over.
 
-    What cost so long to find out is kept 20 times as long, unless something of the job changed.
+    Behind a queue of thousands, what cost so long to find out is kept 20 times as long, unless
+    something of the job changed.
     """
 
     def __init__(self) -> None:
@@ -91,11 +94,13 @@ class Foretold:
         began = time.thread_time()
         found = find()
         took_s = time.thread_time() - began
-        if took_s >= DEAR_S:
+        # Of a job that is over nothing changes any more but what its own row says.
+        lasts_s = math.inf if job.state in TERMINAL else 20 * took_s
+        if took_s >= DEAR_S or job.state in TERMINAL:
             with self._lock:
                 if len(self._known) >= REMEMBERED:
                     self._known.clear()
-                self._known[key] = (found, time.monotonic() + 20 * took_s)
+                self._known[key] = (found, time.monotonic() + lasts_s)
         return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Engine, insert, text
 
-from core.db.models import Artifact, Base, Chunk, Job, JobInput, Output, Project
+from core.db.models import Artifact, Base, Chunk, Job, JobInput, JobLabel, Output, Project
 from core.db.session import transaction
 from core.jobs import pool
 from core.jobs.ids import new_id
@@ -56,7 +56,7 @@ def fill(engine: Engine, *, jobs: int, others: int, queued: int, now: datetime, 
     rng.shuffle(owners)
     for batch in _batches(_rows(owners, crowd, queued=queued, now=now, rng=rng)):
         with transaction(engine) as session:
-            for table in (Job, Artifact, JobInput, Chunk, Output):
+            for table in (Job, JobLabel, Artifact, JobInput, Chunk, Output):
                 rows = [row for kind, row in batch if kind is table]
                 if rows:
                     session.execute(insert(table), rows)
@@ -90,6 +90,8 @@ def _rows(
         job = _job(project, state, now - timedelta(seconds=60 * age), rng)
         _note(crowd, job)
         rows: list[tuple[type[Base], dict[str, Any]]] = [(Job, job)]
+        of_job = {"job_id": job["id"], "project_id": project, "created_at": job["created_at"]}
+        rows += [(JobLabel, {"key": k, "value": v, **of_job}) for k, v in job["labels"].items()]
         if first:
             rows.append((Artifact, _artifact(made[0], job)))
             first = False

@@ -42,6 +42,9 @@ def _only(condition: str) -> dict[str, Any]:
     return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
 
 
+_DUE = "finished_at IS NULL AND deadline_at IS NOT NULL"
+
+
 class Base(DeclarativeBase):
     metadata = MetaData(
         naming_convention={
@@ -144,24 +147,19 @@ class Job(Base):
     cache_hits: Mapped[int] = mapped_column(default=0)
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
-        Index(None, "project_id", "kind", "state", "created_at"),
+        Index(None, "project_id", "kind", "state", "created_at", "id"),
         Index(None, "project_id", "state", "created_at", "id"),
         Index(None, "project_id", "kind", "created_at", "id"),
-        Index(None, "project_id", "name", "created_at"),
+        Index(None, "project_id", "name", "created_at", "id"),
         Index(
             "ix_jobs_queue",
             "project_id",
             "rank",
             "created_at",
             "id",
-            sqlite_where=text("state IN ('queued', 'running')"),
-            postgresql_where=text("state IN ('queued', 'running')"),
+            **_only("state IN ('queued', 'running')"),
         ),
-        Index(
-            "ix_jobs_deadline",
-            "deadline_at",
-            **_only("finished_at IS NULL AND deadline_at IS NOT NULL"),
-        ),
+        Index("ix_jobs_deadline", "deadline_at", **_only(_DUE)),
         Index("ix_jobs_open", "state", "project_id", **_only("finished_at IS NULL")),
         # What the figures sum up lies in the index itself; a job enters it once, when it is over.
         Index(
@@ -175,6 +173,21 @@ class Job(Base):
     def priority(self) -> int:
         """From 0 to 100, the highest first."""
         return 100 - self.rank
+
+
+class JobLabel(Base):
+    """A label of a job once more, where a list finds it; project and instant are the job's."""
+
+    __tablename__ = "job_labels"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+    project_id: Mapped[str]
+    created_at: Mapped[datetime]
+    __table_args__ = (
+        Index("ix_job_labels_list", "project_id", "key", "value", "created_at", "job_id"),
+    )
 
 
 class JobInput(Base):
@@ -227,22 +240,15 @@ class Chunk(Base):
             "job_id",
             "stage_index",
             "index",
-            sqlite_where=text("state = 'ready'"),
-            postgresql_where=text("state = 'ready'"),
+            **_only("state = 'ready'"),
         ),
-        Index(
-            "ix_chunks_running",
-            "lease_until",
-            sqlite_where=text("state = 'running'"),
-            postgresql_where=text("state = 'running'"),
-        ),
+        Index("ix_chunks_running", "lease_until", **_only("state = 'running'")),
         Index(
             "ix_chunks_open",
             "job_id",
             "stage_index",
             "index",
-            sqlite_where=text("state NOT IN ('done', 'skipped')"),
-            postgresql_where=text("state NOT IN ('done', 'skipped')"),
+            **_only("state NOT IN ('done', 'skipped')"),
         ),
     )
 

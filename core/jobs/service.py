@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import String, and_, delete, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import and_, bindparam, delete, or_, select
+from sqlalchemy.orm import Session, aliased
 
-from core.db.models import IdempotencyKey, Job, JobInput
+from core.db.models import IdempotencyKey, Job, JobInput, JobLabel
 from core.db.session import insert_new
 from core.errors import InFlight, NotFound, SpecInvalid
 from core.jobs import events, planning, projects
@@ -17,6 +17,9 @@ from core.jobs.states import JobState
 from core.specs.base import LABEL_KEY, JobSpec
 
 REPLAY_FOR = timedelta(hours=24)
+# Built once: every poll runs one of them.
+_BY_ID = select(Job).where(Job.id == bindparam("id"))
+_OF_PROJECT = _BY_ID.where(Job.project_id == bindparam("project"))
 _ID = re.compile(r"job_[0-9a-z]{26}")
 
 
@@ -90,6 +93,8 @@ def new_job(
     )
     session.add(job)
     session.flush()
+    about = {"job_id": job.id, "project_id": project, "created_at": now}
+    session.add_all(JobLabel(key=k, value=v, **about) for k, v in spec.labels.items())
     for row in inputs:
         row.job_id = job.id
     session.add_all(inputs)
@@ -136,12 +141,11 @@ def submit_once(
 
 def get(session: Session, job_id: str, *, project: str | None = None, lock: bool = False) -> Job:
     """Return a job (of ``project``, where one is named) or raise NotFound; ``lock``: to change."""
-    query = select(Job).where(Job.id == job_id)
-    if project is not None:  # in the query: nobody waits for, or holds, the lock of a foreign job
-        query = query.where(Job.project_id == project)
+    # In the query: nobody waits for, or holds, the lock of a foreign job.
+    query = _BY_ID if project is None else _OF_PROJECT
     if lock:
         query = query.with_for_update().execution_options(populate_existing=True)
-    job = session.scalar(query)
+    job = session.scalar(query, {"id": job_id, "project": project})
     if job is None:
         raise NotFound(f"no job {job_id}")
     return job
@@ -163,7 +167,7 @@ def list_jobs(
     Raises:
         SpecInvalid: the cursor is not one that was given out.
     """
-    query = select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+    query, created_at, id_ = select(Job), Job.created_at, Job.id
     asked = ((Job.project_id, project), (Job.state, state), (Job.kind, kind), (Job.name, name))
     for column, wanted in asked:
         if wanted is not None:
@@ -171,10 +175,17 @@ def list_jobs(
     for key, value in (labels or {}).items():
         if not LABEL_KEY.fullmatch(key):
             raise SpecInvalid(f"label: the key {key!r}; allowed: {LABEL_KEY.pattern}")
-        query = query.where(Job.labels[key].as_string().cast(String) == value)
+        label = aliased(JobLabel)
+        query = query.join(label, label.job_id == Job.id)
+        query = query.where(label.key == key, label.value == value)
+        if project is not None:
+            query = query.where(label.project_id == project)
+        # The same values as the job's, in the order of the index that knows the label.
+        created_at, id_ = label.created_at, label.job_id
     if cursor is not None:
         at, job_id = _read_cursor(cursor)
-        query = query.where(or_(Job.created_at < at, and_(Job.created_at == at, Job.id < job_id)))
+        query = query.where(or_(created_at < at, and_(created_at == at, id_ < job_id)))
+    query = query.order_by(created_at.desc(), id_.desc()).limit(limit + 1)
     found = session.scalars(query).all()
     more = len(found) > limit
     return found[:limit], _make_cursor(found[limit - 1]) if more else None

@@ -1,10 +1,19 @@
 """How a job stands, in words and numbers: a few queries for a whole page of jobs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import BindParameter, bindparam, func, select
+from sqlalchemy import (
+    BindParameter,
+    String,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    union_all,
+)
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, Output
@@ -21,18 +30,21 @@ _PARTS = (
     .where(Chunk.job_id.in_(_IDS), Chunk.state == RUNNING_CHUNK)
     .group_by(Chunk.job_id)
 )
-_INPUTS = select(
-    JobInput.job_id,
-    JobInput.field,
-    JobInput.sha256,
-    JobInput.upstream_id,
-    JobInput.upstream_output,
-).where(JobInput.job_id.in_(_IDS))
-_ARTIFACTS = (
-    select(Output.job_id, Output.name, Output.sha256)
-    .where(Output.job_id.in_(_IDS), Output.role == "artifact")
-    .order_by(Output.chunk_id)
-)
+_NOTHING = literal_column("NULL", String())
+_NAMED: Any = union_all(
+    select(
+        JobInput.job_id,
+        literal_column("0").label("made_by"),
+        JobInput.field,
+        JobInput.sha256,
+        JobInput.upstream_id,
+        JobInput.upstream_output,
+    ).where(JobInput.job_id.in_(_IDS)),
+    select(Output.job_id, Output.chunk_id, Output.name, Output.sha256, _NOTHING, _NOTHING).where(
+        Output.job_id.in_(_IDS), Output.role == "artifact"
+    ),
+).order_by("made_by")
+"""What jobs read (made by no chunk of theirs) and what they offer, the latest last: one query."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,14 @@ class JobStatus:
 
 def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[JobStatus]:
     """Return the status of each job, in order; why one waits only in short."""
-    ids = [job.id for job in jobs]
-    parts = _parts(session, [job.id for job in jobs if job.state in MAY_RUN])
-    inputs = _inputs(session, ids)
-    artifacts = _artifacts(session, ids)
+    parts = _parts(session, jobs)
+    return _describe(session, jobs, parts, now=now)
+
+
+def _describe(
+    session: Session, jobs: Sequence[Job], parts: Mapping[str, float], *, now: datetime
+) -> list[JobStatus]:
+    inputs, artifacts = _named(session, [job.id for job in jobs])
     upstream = waiting.upstream(session, jobs)
     words = {JobState.QUEUED: QUEUED_WORDS, JobState.PAUSED: waiting.PAUSED_WORDS}
     return [
@@ -83,9 +99,10 @@ def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[Jo
 
 def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> JobStatus:
     """Return a job's status with its place in the queue, why it waits and its probable start."""
-    [status] = describe(session, [job], now=now)
-    if job.state in TERMINAL:
-        return status
+    parts = _parts(session, [job])
+    [status] = _describe(session, [job], parts, now=now)
+    if job.state in TERMINAL or job.id in parts:
+        return status  # it runs, or is over: nothing to wait for
     ahead = waiting.ahead(session, job, now=now, fairness=fairness)
     return replace(
         status,
@@ -95,25 +112,26 @@ def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairnes
     )
 
 
-def _parts(session: Session, ids: Sequence[str]) -> dict[str, float]:
-    """Return how much of the running chunks is done, in chunks, by job."""
+def _parts(session: Session, jobs: Sequence[Job]) -> dict[str, float]:
+    """Return how much of the running chunks is done, in chunks, of each job that has one."""
+    ids = [job.id for job in jobs if job.state in MAY_RUN]
     if not ids:
         return {}
     return {job_id: float(part) for job_id, part in session.execute(_PARTS, {"ids": ids})}
 
 
-def _inputs(session: Session, ids: Sequence[str]) -> dict[str, dict[str, dict[str, str | None]]]:
-    found: dict[str, dict[str, dict[str, str | None]]] = {job_id: {} for job_id in ids}
-    for job_id, field_name, sha256, upstream, output in session.execute(_INPUTS, {"ids": ids}):
-        found[job_id][field_name] = {"sha256": sha256, "job_id": upstream, "output": output}
-    return found
-
-
-def _artifacts(session: Session, ids: Sequence[str]) -> dict[str, dict[str, str]]:
+def _named(
+    session: Session, ids: Sequence[str]
+) -> tuple[dict[str, dict[str, dict[str, str | None]]], dict[str, dict[str, str]]]:
+    """Return what each job reads, by field, and what it offers, by name."""
+    inputs: dict[str, dict[str, dict[str, str | None]]] = {job_id: {} for job_id in ids}
     artifacts: dict[str, dict[str, str]] = {job_id: {} for job_id in ids}
-    for job_id, name, sha256 in session.execute(_ARTIFACTS, {"ids": ids}):
-        artifacts[job_id][name] = sha256
-    return artifacts
+    for job_id, made_by, name, sha256, upstream, output in session.execute(_NAMED, {"ids": ids}):
+        if made_by:
+            artifacts[job_id][name] = sha256
+        else:
+            inputs[job_id][name] = {"sha256": sha256, "job_id": upstream, "output": output}
+    return inputs, artifacts
 
 
 def _progress(job: Job, part: float, *, now: datetime) -> Progress:

@@ -7,7 +7,7 @@ from sqlalchemy import Engine, inspect, text
 
 from core.db.models import Base, ServiceFact
 from core.db.session import insert_new, migrating, reading, transaction, upgrade
-from core.jobs import control
+from core.jobs import control, service
 from tests import life
 from tests.conftest import Clock
 
@@ -93,3 +93,17 @@ def test_a_reader_sees_one_snapshot(engine: Engine) -> None:
         with transaction(engine) as other:
             insert_new(other, ServiceFact, {"key": "new", "value": "1"})
         assert session.scalar(count) == before
+
+
+def test_older_jobs_are_found_by_their_labels(engine: Engine, clock: Clock) -> None:
+    labelled = life.submit(engine, clock, labels={"team": "ads", "run": "7"})
+    life.submit(engine, clock, labels={"team": "search"})
+    with migrating(engine) as config:
+        command.downgrade(config, "0003")
+
+    upgrade(engine)
+
+    with reading(engine) as session:
+        for labels in ({"team": "ads"}, {"run": "7", "team": "ads"}):
+            found, _ = service.list_jobs(session, project=life.PROJECT, limit=9, labels=labels)
+            assert [job.id for job in found] == [labelled]
