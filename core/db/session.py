@@ -1,5 +1,7 @@
 """Engines and transactions. Only the edges open one, and none is open while a chunk runs."""
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from core.db.models import Base
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 _READ = "stillroom_read"
+_USED = "stillroom_used"
+RESTED_S = 1.0
+"""A connection of the pool that was unused for so long is asked whether it lives."""
 PATIENCE = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -33,13 +38,37 @@ def make_engine(url: str) -> Engine:
     """Open a database. SQLite: WAL, full sync, 30 s busy timeout, BEGIN IMMEDIATE for writers."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, connect_args=PATIENCE)
+        engine = create_engine(parsed, connect_args=PATIENCE)
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", _check_rested)
+        return engine
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30})
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _note_use(_connection: Any, record: Any) -> None:
+    record.info[_USED] = time.monotonic()
+
+
+def _check_rested(connection: Any, record: Any, _proxy: Any) -> None:
+    """Ask a connection that rested whether it lives; one used a moment ago most likely does.
+
+    Asking each time would cost every poll of a job a round trip.
+
+    Raises:
+        DisconnectionError: it does not; the pool takes another.
+    """
+    if time.monotonic() - record.info.get(_USED, -math.inf) < RESTED_S:
+        return
+    try:
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except connection.Error as error:
+        raise DisconnectionError from error
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import and_, bindparam, delete, or_, select
+from sqlalchemy import bindparam, delete, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
 from core.db.models import IdempotencyKey, Job, JobInput, JobLabel
@@ -184,7 +184,7 @@ def list_jobs(
         created_at, id_ = label.created_at, label.job_id
     if cursor is not None:
         at, job_id = _read_cursor(cursor)
-        query = query.where(or_(created_at < at, and_(created_at == at, id_ < job_id)))
+        query = query.where(tuple_(created_at, id_) < (at, job_id))
     query = query.order_by(created_at.desc(), id_.desc()).limit(limit + 1)
     found = session.scalars(query).all()
     more = len(found) > limit

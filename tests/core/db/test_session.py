@@ -1,6 +1,7 @@
 """What an error of the database means."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +9,7 @@ from sqlalchemy import Engine, text, update
 from sqlalchemy.exc import DBAPIError
 
 from core.db.models import ServiceFact
-from core.db.session import deadlocked, insert_new, is_away, make_engine, transaction
+from core.db.session import RESTED_S, deadlocked, insert_new, is_away, make_engine, transaction
 
 ON_POSTGRES = pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 
@@ -59,3 +60,17 @@ def test_a_deadlock_is_no_outage(engine: Engine) -> None:
     assert isinstance(victim, DBAPIError)
     assert deadlocked(victim)
     assert not is_away(victim)
+
+
+@ON_POSTGRES
+def test_a_connection_that_died_while_it_rested_is_replaced(engine: Engine) -> None:
+    mine = make_engine(engine.url.render_as_string(hide_password=False))
+    with mine.connect() as connection:
+        pid = connection.scalar(text("SELECT pg_backend_pid()"))
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+    time.sleep(RESTED_S)
+
+    with mine.connect() as connection:
+        assert connection.scalar(text("SELECT pg_backend_pid()")) != pid
+    mine.dispose()
