@@ -55,7 +55,7 @@ class Plan:
     flushes: int = 2
     database_restarts: int = 2
     seed: int = 0
-    limit_s: float = 1_800.0
+    limit_s: float = 3_600.0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,14 @@ PATIENCE = {
 }
 """How long libpq believes in a host that vanished: seconds, the last one milliseconds."""
 DEADLOCKS = ("40P01", "40001")
-READ_ONLY = "25006"
+AWAY = ("25006", "25P03")
+"""Read only, as a standby is; and a transaction that was ended since its client was silent."""
+SILENCE_S = 15
+"""Between two statements of a transaction, after which PostgreSQL ends it and frees its locks.
+
+A frozen process, or a host that lost its power, would else hold the turn of all claims for hours.
+Ours take milliseconds: nothing is computed inside a transaction.
+"""
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
@@ -39,6 +46,7 @@ def make_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
         engine = create_engine(parsed, connect_args=PATIENCE)
+        event.listen(engine, "connect", _limit_silence)
         event.listen(engine, "checkin", _note_use)
         event.listen(engine, "checkout", _check_rested)
         return engine
@@ -48,6 +56,11 @@ def make_engine(url: str) -> Engine:
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _limit_silence(connection: Any, _record: Any) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{SILENCE_S}s'")
+    connection.commit()
 
 
 def _note_use(_connection: Any, record: Any) -> None:
@@ -127,12 +140,12 @@ def insert_or_touch(
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the database cannot be reached, or takes no writes as a standby does: it may pass."""
+    """Whether the database cannot be reached, takes no writes or gave us up: it may pass."""
     if not isinstance(error, DBAPIError) or deadlocked(error):
         return False
     if isinstance(error, (OperationalError, InterfaceError)):
         return True
-    return getattr(error.orig, "sqlstate", None) == READ_ONLY
+    return getattr(error.orig, "sqlstate", None) in AWAY
 
 
 def deadlocked(error: DBAPIError) -> bool:

@@ -9,7 +9,15 @@ from sqlalchemy import Engine, text, update
 from sqlalchemy.exc import DBAPIError
 
 from core.db.models import ServiceFact
-from core.db.session import RESTED_S, deadlocked, insert_new, is_away, make_engine, transaction
+from core.db.session import (
+    RESTED_S,
+    SILENCE_S,
+    deadlocked,
+    insert_new,
+    is_away,
+    make_engine,
+    transaction,
+)
 
 ON_POSTGRES = pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 
@@ -74,3 +82,31 @@ def test_a_connection_that_died_while_it_rested_is_replaced(engine: Engine) -> N
     with mine.connect() as connection:
         assert connection.scalar(text("SELECT pg_backend_pid()")) != pid
     mine.dispose()
+
+
+@ON_POSTGRES
+def test_a_process_that_falls_silent_in_a_transaction_holds_its_locks_not_for_long(
+    engine: Engine,
+) -> None:
+    frozen = make_engine(engine.url.render_as_string(hide_password=False))
+    lock = text("SELECT value FROM service_facts WHERE key = 'turn' FOR UPDATE")
+    with transaction(engine) as session:
+        insert_new(session, ServiceFact, {"key": "turn", "value": ""})
+
+    waited_s = []
+
+    def fall_silent() -> None:
+        with transaction(frozen) as silent:
+            silent.execute(lock)
+            began = time.monotonic()
+            with transaction(engine) as session:
+                session.execute(lock)  # waits until the other's is gone
+            waited_s.append(time.monotonic() - began)
+            silent.execute(lock)
+
+    with pytest.raises(DBAPIError) as caught:
+        fall_silent()
+
+    assert SILENCE_S / 2 < waited_s[0] < 2 * SILENCE_S
+    assert is_away(caught.value)
+    frozen.dispose()
