@@ -111,10 +111,9 @@ def reading(engine: Engine) -> Iterator[Session]:
     options: dict[str, Any] = {_READ: True}
     if engine.dialect.name != "sqlite":  # where every transaction is on one snapshot anyway
         options["isolation_level"] = "REPEATABLE READ"
-    with (
-        Session(engine.execution_options(**options), expire_on_commit=False) as session,
-        session.begin(),
-    ):
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        # Of the connection, not of the engine: making another engine costs more than a query.
+        session.connection(execution_options=options)
         yield session
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 from sqlalchemy import (
     BindParameter,
+    Float,
     String,
     bindparam,
+    cast,
     func,
     literal_column,
+    null,
     select,
     union_all,
 )
@@ -23,28 +26,44 @@ from core.jobs.states import RUNNING_CHUNK, TERMINAL, JobState
 
 QUEUED_WORDS = "in the queue"
 MAY_RUN = frozenset({JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING})
-# Built once: making a statement costs as much as running it, and every poll of a job runs these.
+# Built once: making a statement costs as much as running it, and every poll of a job runs this.
 _IDS: BindParameter[str] = bindparam("ids", expanding=True)
-_PARTS = (
-    select(Chunk.job_id, func.sum(Chunk.progress))
-    .where(Chunk.job_id.in_(_IDS), Chunk.state == RUNNING_CHUNK)
+_MAY_RUN: BindParameter[str] = bindparam("may_run", expanding=True)
+_NO_TEXT, _NO_NUMBER = cast(null(), String()), cast(null(), Float())
+_READS: Any = select(
+    JobInput.job_id,
+    literal_column("0").label("made_by"),
+    JobInput.field,
+    JobInput.sha256,
+    JobInput.upstream_id,
+    JobInput.upstream_output,
+    _NO_NUMBER,
+).where(JobInput.job_id.in_(_IDS))
+_OFFERS: Any = select(
+    Output.job_id,
+    Output.chunk_id,
+    Output.name,
+    Output.sha256,
+    _NO_TEXT,
+    _NO_TEXT,
+    _NO_NUMBER,
+).where(Output.job_id.in_(_IDS), Output.role == "artifact")
+_RUNS: Any = (
+    select(
+        Chunk.job_id,
+        literal_column("-1"),
+        _NO_TEXT,
+        _NO_TEXT,
+        _NO_TEXT,
+        _NO_TEXT,
+        func.sum(Chunk.progress),
+    )
+    .where(Chunk.job_id.in_(_MAY_RUN), Chunk.state == RUNNING_CHUNK)
     .group_by(Chunk.job_id)
 )
-_NOTHING = literal_column("NULL", String())
-_NAMED: Any = union_all(
-    select(
-        JobInput.job_id,
-        literal_column("0").label("made_by"),
-        JobInput.field,
-        JobInput.sha256,
-        JobInput.upstream_id,
-        JobInput.upstream_output,
-    ).where(JobInput.job_id.in_(_IDS)),
-    select(Output.job_id, Output.chunk_id, Output.name, Output.sha256, _NOTHING, _NOTHING).where(
-        Output.job_id.in_(_IDS), Output.role == "artifact"
-    ),
-).order_by("made_by")
-"""What jobs read (made by no chunk of theirs) and what they offer, the latest last: one query."""
+_FACTS: Any = union_all(_READS, _OFFERS, _RUNS).order_by("made_by")
+"""What jobs read (made by no chunk of theirs), what they offer, the latest last, and how much of
+their running chunks is done: one query."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +91,34 @@ class JobStatus:
     artifacts: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class _Facts:
+    """What other rows than a job's own say of it."""
+
+    inputs: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    part: float | None = None
+    """How much of the running chunks is done, in chunks; None where none runs."""
+
+
 def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[JobStatus]:
     """Return the status of each job, in order; why one waits only in short."""
-    parts = _parts(session, jobs)
-    return _describe(session, jobs, parts, now=now)
+    return _describe(session, jobs, _facts(session, jobs), now=now)
 
 
 def _describe(
-    session: Session, jobs: Sequence[Job], parts: Mapping[str, float], *, now: datetime
+    session: Session, jobs: Sequence[Job], facts: Mapping[str, _Facts], *, now: datetime
 ) -> list[JobStatus]:
-    inputs, artifacts = _named(session, [job.id for job in jobs])
     upstream = waiting.upstream(session, jobs)
     words = {JobState.QUEUED: QUEUED_WORDS, JobState.PAUSED: waiting.PAUSED_WORDS}
     return [
         JobStatus(
-            progress=_progress(job, parts.get(job.id, 0.0), now=now),
+            progress=_progress(job, facts[job.id].part or 0.0, now=now),
             queue_position=None,
             waits_for=upstream.get(job.id) or words.get(JobState(job.state)),
             predicted_start_at=None,
-            inputs=inputs[job.id],
-            artifacts=artifacts[job.id],
+            inputs=facts[job.id].inputs,
+            artifacts=facts[job.id].artifacts,
         )
         for job in jobs
     ]
@@ -99,9 +126,9 @@ def _describe(
 
 def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> JobStatus:
     """Return a job's status with its place in the queue, why it waits and its probable start."""
-    parts = _parts(session, [job])
-    [status] = _describe(session, [job], parts, now=now)
-    if job.state in TERMINAL or job.id in parts:
+    facts = _facts(session, [job])
+    [status] = _describe(session, [job], facts, now=now)
+    if job.state in TERMINAL or facts[job.id].part is not None:
         return status  # it runs, or is over: nothing to wait for
     ahead = waiting.ahead(session, job, now=now, fairness=fairness)
     return replace(
@@ -112,26 +139,24 @@ def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairnes
     )
 
 
-def _parts(session: Session, jobs: Sequence[Job]) -> dict[str, float]:
-    """Return how much of the running chunks is done, in chunks, of each job that has one."""
-    ids = [job.id for job in jobs if job.state in MAY_RUN]
-    if not ids:
-        return {}
-    return {job_id: float(part) for job_id, part in session.execute(_PARTS, {"ids": ids})}
-
-
-def _named(
-    session: Session, ids: Sequence[str]
-) -> tuple[dict[str, dict[str, dict[str, str | None]]], dict[str, dict[str, str]]]:
-    """Return what each job reads, by field, and what it offers, by name."""
-    inputs: dict[str, dict[str, dict[str, str | None]]] = {job_id: {} for job_id in ids}
-    artifacts: dict[str, dict[str, str]] = {job_id: {} for job_id in ids}
-    for job_id, made_by, name, sha256, upstream, output in session.execute(_NAMED, {"ids": ids}):
-        if made_by:
-            artifacts[job_id][name] = sha256
+def _facts(session: Session, jobs: Sequence[Job]) -> dict[str, _Facts]:
+    """Ask for what other rows say of each job."""
+    session.flush()  # the connection below knows nothing of what is still to be written
+    asked = {"ids": [job.id for job in jobs]}
+    asked["may_run"] = [job.id for job in jobs if job.state in MAY_RUN]
+    facts = {job.id: _Facts() for job in jobs}
+    # Not through the session, whose care for objects these plain rows do not need.
+    for job_id, made_by, name, sha256, upstream, output, part in session.connection().execute(
+        _FACTS, asked
+    ):
+        if part is not None:
+            facts[job_id].part = part
+        elif made_by:
+            facts[job_id].artifacts[name] = sha256
         else:
-            inputs[job_id][name] = {"sha256": sha256, "job_id": upstream, "output": output}
-    return inputs, artifacts
+            read = {"sha256": sha256, "job_id": upstream, "output": output}
+            facts[job_id].inputs[name] = read
+    return facts
 
 
 def _progress(job: Job, part: float, *, now: datetime) -> Progress:
