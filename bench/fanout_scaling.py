@@ -27,6 +27,7 @@ from core.db.models import Chunk, Job
 from core.db.session import make_engine, reading
 from core.kinds._teacher import CLUSTERS_PER_BLOCK
 from scripts.team import Options, Team
+from workers import allocator
 
 BAR = 1.8
 DIM, ROWS, CLUSTERS = 128, 3_000, 64
@@ -119,6 +120,7 @@ def served(folder: Path, *, rounds: int, chunks: int, seed: int) -> list[tuple[T
 
 def compute(repeats: int) -> float:
     """Do what a chunk computes, some times over, warm; return the seconds."""
+    allocator.keep_freed()  # as a worker does
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from core.db.session import transaction
 from core.jobs import pool
 from core.jobs.runner import Runner
+from workers import allocator
 from workers.outages import Outages, told
 from workers.stop import SLICE_S, Stop
 from workers.watch import WATCH_EVERY, Watch
@@ -54,11 +55,17 @@ class DeviceLoop:
     def run(self) -> int:
         """Claim, run, repeat, until told to stop; then leave the pool. Return the exit status."""
         self._watch.start()
+        worked = False
         try:
             while not self._stop.told:
                 asked = self._asked
-                if not self._outages.surviving(self._runner.run_one):
-                    self._rest(asked)
+                if self._outages.surviving(self._runner.run_one):
+                    worked = True
+                    continue
+                if worked:
+                    allocator.give_back()
+                    worked = False
+                self._rest(asked)
         finally:
             with self._turn:
                 self._ended = True

@@ -12,7 +12,7 @@ from core.jobs.lease import Rules
 from core.jobs.runner import Runner
 from core.settings import Settings
 from core.tracing import TracingUnavailable
-from workers import start, threads
+from workers import allocator, start, threads
 from workers.device import DeviceMissing
 from workers.loop import DeviceLoop
 from workers.settings import StartRefused
@@ -61,6 +61,7 @@ def _work(settings: Settings, device: str, stop: Stop, *, team: bool) -> int:
     logs.set_up(settings, process="worker", worker=start.owner_of(settings, device))
     here = start.admit(settings, device, stop=stop, rebind=not team)
     threads.apply(here.place.threads, os.environ)  # noqa: TID251 - for libraries not yet loaded
+    allocator.keep_freed()
     tracing.set_up(settings, "stillroom-worker")
     hints = CeleryHints(make_celery(settings)) if team else NoHints()
     runner = Runner(
