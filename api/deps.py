@@ -36,6 +36,9 @@ from core.settings import Settings
 T = TypeVar("T")
 LONG_QUEUE = 200
 """Jobs before one that is submitted, above which its place is not looked for at once."""
+GLANCES = 6
+"""Looks at single jobs at a time. Each is a millisecond of Python, and with more threads at it the
+handing over of the interpreter costs as much as the answers: half as many a second."""
 DEAR_S = 0.03
 """Of computing: what takes less is found out each time, and so is never stale."""
 REMEMBERED = 10_000
@@ -122,6 +125,7 @@ class Context:
     hints: Hints
     """Tells workers of new work, once it is committed."""
     foretold: Foretold = field(default_factory=Foretold)
+    glances: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(GLANCES))
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the server is told to end: event streams end too."""
 
@@ -146,6 +150,10 @@ class Context:
     def reading(self) -> AbstractContextManager[Session]:
         """Open a session that only reads."""
         return reading(self.engine)
+
+    async def glance(self, look: Callable[[], T]) -> T:
+        """Run a short look at a job, of which there are many, in one of the few threads for it."""
+        return await to_thread.run_sync(look, limiter=self.glances)
 
     def show(self, session: Session, jobs: Sequence[Job]) -> list[views.JobView]:
         """Return jobs as they are shown."""

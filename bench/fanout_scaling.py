@@ -173,7 +173,7 @@ def plain(processes: int, repeats: int) -> float:
 def main() -> int:
     """Measure in turns and judge the median."""
     parser = options(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--chunks", type=int, default=24, help="of the fanned stage")
     parser.add_argument("--seed", type=int, default=0, help="of the queries")
     parser.add_argument("--compute", type=int, help="internal: the plain computation alone")

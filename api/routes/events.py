@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -165,7 +166,7 @@ async def follow(
         if len(look.events) < BATCH:
             await asyncio.sleep(POLL_S)
         try:
-            look = await run_in_threadpool(look_at, ctx, by, job_id, after=after)
+            look = await ctx.glance(partial(look_at, ctx, by, job_id, after=after))
         except Unauthorized:
             return  # who comes back is told so
 

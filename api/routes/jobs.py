@@ -184,11 +184,15 @@ def parse_pairs(texts: list[str], *, parameter: str) -> dict[str, str]:
 
 
 @router.get("/{job_id}", summary="Show a job", response_model=JobView)
-def get(job_id: JobIdPath, ctx: Ctx, by: Reader) -> Response:
+async def get(job_id: JobIdPath, ctx: Ctx, by: Reader) -> Response:
     """Return the job with its progress, why it waits, its error and its artifacts."""
-    with ctx.reading() as session:
-        view = ctx.show_one(session, service.get(session, job_id, project=by.project_id))
-    return written(view)
+
+    def look() -> Response:
+        with ctx.reading() as session:
+            view = ctx.show_one(session, service.get(session, job_id, project=by.project_id))
+        return written(view)
+
+    return await ctx.glance(look)
 
 
 def written(view: View) -> Response:
