@@ -1,6 +1,5 @@
 """What a route may reach, and whom it serves: one Context, and a Principal with the right scope."""
 
-import math
 import threading
 import time
 from collections import Counter
@@ -23,29 +22,30 @@ from api.problems import Busy
 from api.rates import Rates
 from core.artifacts.store import Store
 from core.db.models import Job
-from core.db.session import reading, transaction
+from core.db.session import glancing, reading, transaction
 from core.errors import Forbidden
-from core.jobs import audit, overview, recovery, status
+from core.jobs import audit, overview, recovery, service, status
 from core.jobs.hints import Hints
 from core.jobs.keys import Principal, Scope
 from core.jobs.shares import Fairness
-from core.jobs.states import TERMINAL
 from core.jobs.uploads import Uploads
 from core.settings import Settings
 
 T = TypeVar("T")
 LONG_QUEUE = 200
 """Jobs before one that is submitted, above which its place is not looked for at once."""
-GLANCES = 6
-"""Looks at single jobs at a time. Each is a millisecond of Python, and with more threads at it the
-handing over of the interpreter costs as much as the answers: half as many a second."""
+GLANCES = 8
+"""Looks at single jobs at a time, half of them for one project. Each is a millisecond of Python,
+and with more threads at it the handing over of the interpreter costs as much as the answers."""
+GLANCE_S = 10.0
+"""To wait for one of these; where the database hangs, a poll is told so."""
 DEAR_S = 0.03
 """Of computing: what takes less is found out each time, and so is never stale."""
 REMEMBERED = 10_000
 
 
 class Lane:
-    """Threads of its own for long work: the pool that answers everything else stays free.
+    """Threads of its own for some work: the pool that answers everything else stays free.
 
     One project takes half of the places at most, so it cannot keep the others out.
     """
@@ -76,7 +76,7 @@ class Lane:
 
 
 class Foretold:
-    """Remembers how a job stands where finding out is dear, or cannot change: it is over.
+    """Remembers how a job stands where finding out is dear.
 
     Behind a queue of thousands, what cost so long to find out is kept 20 times as long, unless
     something of the job changed.
@@ -97,13 +97,11 @@ class Foretold:
         began = time.thread_time()
         found = find()
         took_s = time.thread_time() - began
-        # Of a job that is over nothing changes any more but what its own row says.
-        lasts_s = math.inf if job.state in TERMINAL else 20 * took_s
-        if took_s >= DEAR_S or job.state in TERMINAL:
+        if took_s >= DEAR_S:
             with self._lock:
                 if len(self._known) >= REMEMBERED:
                     self._known.clear()
-                self._known[key] = (found, time.monotonic() + lasts_s)
+                self._known[key] = (found, time.monotonic() + 20 * took_s)
         return found
 
 
@@ -125,7 +123,7 @@ class Context:
     hints: Hints
     """Tells workers of new work, once it is committed."""
     foretold: Foretold = field(default_factory=Foretold)
-    glances: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(GLANCES))
+    glances: Lane = field(default_factory=lambda: Lane("looks at jobs", GLANCES, wait_s=GLANCE_S))
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the server is told to end: event streams end too."""
 
@@ -151,13 +149,22 @@ class Context:
         """Open a session that only reads."""
         return reading(self.engine)
 
-    async def glance(self, look: Callable[[], T]) -> T:
-        """Run a short look at a job, of which there are many, in one of the few threads for it."""
-        return await to_thread.run_sync(look, limiter=self.glances)
-
     def show(self, session: Session, jobs: Sequence[Job]) -> list[views.JobView]:
         """Return jobs as they are shown."""
         return views.job_views(jobs, status.describe(session, jobs, now=self.clock()))
+
+    def look(self, job_id: str, *, project: str) -> views.JobView:
+        """Return a job as it is shown alone, mostly by one statement.
+
+        Raises:
+            NotFound: no such job in the project.
+        """
+        with glancing(self.engine) as session:
+            found = status.glance(session, job_id, project=project, now=self.clock())
+        if found is not None:
+            return views.JobView.of(*found)
+        with self.reading() as session:
+            return self.show_one(session, service.get(session, job_id, project=project))
 
     def show_one(self, session: Session, job: Job) -> views.JobView:
         """Return a job as it is shown alone: with its place in the queue and why it waits."""

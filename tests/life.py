@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 
 from core.artifacts.store import Blob
 from core.db.models import Artifact, Upload
-from core.db.session import insert_new, reading, transaction
+from core.db.session import glancing, insert_new, reading, transaction
 from core.errors import StillroomError
 from core.jobs import lease, recovery, scheduler, service, status
 from core.jobs.adoption import Stored
@@ -139,10 +139,22 @@ def state(engine: Engine, job_id: str) -> str:
 
 
 def shown(engine: Engine, job_id: str, now: Now) -> JobStatus:
-    """The status as a look at this one job shows it."""
+    """The status as a look at this one job shows it; a glance at it says the same or nothing."""
+    at = now()
     with reading(engine) as session:
         job = service.get(session, job_id)
-        return status.describe_one(session, job, now=now(), fairness=RULES.fairness)
+        told = status.describe_one(session, job, now=at, fairness=RULES.fairness)
+    glanced = glance(engine, job_id, at, project=job.project_id)
+    assert glanced in (None, told)
+    return told
+
+
+def glance(
+    engine: Engine, job_id: str, at: datetime, *, project: str = PROJECT
+) -> JobStatus | None:
+    with glancing(engine) as session:
+        found = status.glance(session, job_id, project=project, now=at)
+    return found and found[1]
 
 
 def some_file(sha256: str = "a" * 64, *, name: str = "text", role: str = "artifact") -> Stored:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from api.deps import PROBLEMS, Context, Ctx, Reader
+from api.problems import Busy
 from api.routes.jobs import JobIdPath
 from api.views import EventPage, EventView, ProgressView
 from core.errors import Unauthorized
@@ -166,9 +167,17 @@ async def follow(
         if len(look.events) < BATCH:
             await asyncio.sleep(POLL_S)
         try:
-            look = await ctx.glance(partial(look_at, ctx, by, job_id, after=after))
+            look = await _look_again(ctx, by, job_id, look, after)
         except Unauthorized:
             return  # who comes back is told so
+
+
+async def _look_again(ctx: Context, by: Principal, job_id: str, last: Look, after: int) -> Look:
+    look = partial(look_at, ctx, by, job_id, after=after)
+    try:
+        return await ctx.glances.run(look, project=by.project_id)
+    except Busy:
+        return replace(last, events=[])  # nothing new for now; the reader need not know
 
 
 def _news(progress: str, told: str) -> bool:

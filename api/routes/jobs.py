@@ -186,13 +186,10 @@ def parse_pairs(texts: list[str], *, parameter: str) -> dict[str, str]:
 @router.get("/{job_id}", summary="Show a job", response_model=JobView)
 async def get(job_id: JobIdPath, ctx: Ctx, by: Reader) -> Response:
     """Return the job with its progress, why it waits, its error and its artifacts."""
-
-    def look() -> Response:
-        with ctx.reading() as session:
-            view = ctx.show_one(session, service.get(session, job_id, project=by.project_id))
-        return written(view)
-
-    return await ctx.glance(look)
+    project = by.project_id
+    return await ctx.glances.run(
+        lambda: written(ctx.look(job_id, project=project)), project=project
+    )
 
 
 def written(view: View) -> Response:

@@ -117,6 +117,21 @@ def reading(engine: Engine) -> Iterator[Session]:
         yield session
 
 
+@contextmanager
+def glancing(engine: Engine) -> Iterator[Session]:
+    """Open a session for one statement that reads: it is a snapshot by itself.
+
+    Without a transaction around it PostgreSQL is asked once instead of three times.
+    """
+    if engine.dialect.name == "sqlite":  # in this process: there is nothing to save
+        with reading(engine) as session:
+            yield session
+        return
+    with Session(engine, expire_on_commit=False) as session:
+        session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        yield session
+
+
 def insert_new(session: Session, table: type[Base], values: Mapping[str, Any]) -> bool:
     """Insert a row unless its key is there; return whether it was new."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql

@@ -1,12 +1,12 @@
 """How a job stands, in words and numbers: a few queries for a whole page of jobs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
-    BindParameter,
+    ColumnElement,
     Float,
     String,
     bindparam,
@@ -17,7 +17,7 @@ from sqlalchemy import (
     select,
     union_all,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from core.db.models import Chunk, Job, JobInput, Output
 from core.jobs import waiting
@@ -25,45 +25,58 @@ from core.jobs.shares import Fairness
 from core.jobs.states import RUNNING_CHUNK, TERMINAL, JobState
 
 QUEUED_WORDS = "in the queue"
-MAY_RUN = frozenset({JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING})
-# Built once: making a statement costs as much as running it, and every poll of a job runs this.
-_IDS: BindParameter[str] = bindparam("ids", expanding=True)
-_MAY_RUN: BindParameter[str] = bindparam("may_run", expanding=True)
 _NO_TEXT, _NO_NUMBER = cast(null(), String()), cast(null(), Float())
-_READS: Any = select(
-    JobInput.job_id,
-    literal_column("0").label("made_by"),
-    JobInput.field,
-    JobInput.sha256,
-    JobInput.upstream_id,
-    JobInput.upstream_output,
-    _NO_NUMBER,
-).where(JobInput.job_id.in_(_IDS))
-_OFFERS: Any = select(
-    Output.job_id,
-    Output.chunk_id,
-    Output.name,
-    Output.sha256,
-    _NO_TEXT,
-    _NO_TEXT,
-    _NO_NUMBER,
-).where(Output.job_id.in_(_IDS), Output.role == "artifact")
-_RUNS: Any = (
-    select(
-        Chunk.job_id,
-        literal_column("-1"),
+
+
+def _facts_of(these: Callable[[InstrumentedAttribute[str]], ColumnElement[bool]]) -> Any:
+    """Ask what jobs read (made by no chunk), what they offer, how much of what runs is done."""
+    reads: Any = select(
+        JobInput.job_id,
+        literal_column("0").label("made_by"),
+        JobInput.field.label("name"),
+        JobInput.sha256.label("sha256"),
+        JobInput.upstream_id.label("upstream"),
+        JobInput.upstream_output.label("output"),
+        _NO_NUMBER.label("part"),
+    ).where(these(JobInput.job_id))
+    offers = select(
+        Output.job_id,
+        Output.chunk_id,
+        Output.name,
+        Output.sha256,
         _NO_TEXT,
         _NO_TEXT,
-        _NO_TEXT,
-        _NO_TEXT,
-        func.sum(Chunk.progress),
+        _NO_NUMBER,
+    ).where(these(Output.job_id), Output.role == "artifact")
+    runs: Any = (
+        select(
+            Chunk.job_id,
+            literal_column("-1"),
+            _NO_TEXT,
+            _NO_TEXT,
+            _NO_TEXT,
+            _NO_TEXT,
+            func.sum(Chunk.progress),
+        )
+        .where(these(Chunk.job_id), Chunk.state == RUNNING_CHUNK)
+        .group_by(Chunk.job_id)
     )
-    .where(Chunk.job_id.in_(_MAY_RUN), Chunk.state == RUNNING_CHUNK)
-    .group_by(Chunk.job_id)
+    return union_all(reads, offers, runs)
+
+
+# Built once: making a statement costs as much as running it, and every poll of a job runs one.
+_MANY: Any = _facts_of(lambda job_id: job_id.in_(bindparam("ids", expanding=True))).order_by(
+    "made_by"
 )
-_FACTS: Any = union_all(_READS, _OFFERS, _RUNS).order_by("made_by")
-"""What jobs read (made by no chunk of theirs), what they offer, the latest last, and how much of
-their running chunks is done: one query."""
+"""For a page of jobs, the outputs that were made last at the end."""
+_OF_ONE = _facts_of(lambda job_id: job_id == bindparam("id")).subquery()
+_ONE: Any = (
+    select(Job, *_OF_ONE.c)
+    .outerjoin(_OF_ONE, _OF_ONE.c.job_id == Job.id)
+    .where(Job.id == bindparam("id"), Job.project_id == bindparam("project"))
+    .order_by(_OF_ONE.c.made_by)
+)
+"""A job with its facts, as rows; one with nothing but nulls where there are none."""
 
 
 @dataclass(frozen=True)
@@ -100,36 +113,30 @@ class _Facts:
     part: float | None = None
     """How much of the running chunks is done, in chunks; None where none runs."""
 
+    def take(self, fact: Any) -> None:
+        """Take in one row."""
+        if fact.part is not None:
+            self.part = fact.part
+        elif fact.made_by:
+            self.artifacts[fact.name] = fact.sha256
+        else:
+            read = {"sha256": fact.sha256, "job_id": fact.upstream, "output": fact.output}
+            self.inputs[fact.name] = read
+
 
 def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[JobStatus]:
     """Return the status of each job, in order; why one waits only in short."""
-    return _describe(session, jobs, _facts(session, jobs), now=now)
-
-
-def _describe(
-    session: Session, jobs: Sequence[Job], facts: Mapping[str, _Facts], *, now: datetime
-) -> list[JobStatus]:
+    facts = _facts(session, jobs)
     upstream = waiting.upstream(session, jobs)
-    words = {JobState.QUEUED: QUEUED_WORDS, JobState.PAUSED: waiting.PAUSED_WORDS}
-    return [
-        JobStatus(
-            progress=_progress(job, facts[job.id].part or 0.0, now=now),
-            queue_position=None,
-            waits_for=upstream.get(job.id) or words.get(JobState(job.state)),
-            predicted_start_at=None,
-            inputs=facts[job.id].inputs,
-            artifacts=facts[job.id].artifacts,
-        )
-        for job in jobs
-    ]
+    return [_status(job, facts[job.id], upstream.get(job.id), now=now) for job in jobs]
 
 
 def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> JobStatus:
     """Return a job's status with its place in the queue, why it waits and its probable start."""
-    facts = _facts(session, [job])
-    [status] = _describe(session, [job], facts, now=now)
-    if job.state in TERMINAL or facts[job.id].part is not None:
-        return status  # it runs, or is over: nothing to wait for
+    facts = _facts(session, [job])[job.id]
+    status = _status(job, facts, None, now=now)
+    if not _may_wait(job, facts):
+        return status
     ahead = waiting.ahead(session, job, now=now, fairness=fairness)
     return replace(
         status,
@@ -139,31 +146,54 @@ def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairnes
     )
 
 
+def glance(
+    session: Session, job_id: str, *, project: str, now: datetime
+) -> tuple[Job, JobStatus] | None:
+    """Return a job and its status by one statement: most polls need no more.
+
+    None where that does not tell all: it may have to wait, or is no job of the project.
+    """
+    rows = session.execute(_ONE, {"id": job_id, "project": project}).all()
+    if not rows:
+        return None
+    job, facts = rows[0][0], _Facts()
+    for row in rows:
+        if row.job_id is not None:
+            facts.take(row)
+    return None if _may_wait(job, facts) else (job, _status(job, facts, None, now=now))
+
+
+def _may_wait(job: Job, facts: _Facts) -> bool:
+    return job.state not in TERMINAL and facts.part is None
+
+
+def _status(job: Job, facts: _Facts, upstream: str | None, *, now: datetime) -> JobStatus:
+    words = {JobState.QUEUED: QUEUED_WORDS, JobState.PAUSED: waiting.PAUSED_WORDS}
+    return JobStatus(
+        progress=_progress(job, facts.part or 0.0, now=now),
+        queue_position=None,
+        waits_for=upstream or words.get(JobState(job.state)),
+        predicted_start_at=None,
+        inputs=facts.inputs,
+        artifacts=facts.artifacts,
+    )
+
+
 def _facts(session: Session, jobs: Sequence[Job]) -> dict[str, _Facts]:
     """Ask for what other rows say of each job."""
     session.flush()  # the connection below knows nothing of what is still to be written
-    asked = {"ids": [job.id for job in jobs]}
-    asked["may_run"] = [job.id for job in jobs if job.state in MAY_RUN]
     facts = {job.id: _Facts() for job in jobs}
     # Not through the session, whose care for objects these plain rows do not need.
-    for job_id, made_by, name, sha256, upstream, output, part in session.connection().execute(
-        _FACTS, asked
-    ):
-        if part is not None:
-            facts[job_id].part = part
-        elif made_by:
-            facts[job_id].artifacts[name] = sha256
-        else:
-            read = {"sha256": sha256, "job_id": upstream, "output": output}
-            facts[job_id].inputs[name] = read
+    for row in session.connection().execute(_MANY, {"ids": list(facts)}):
+        facts[row.job_id].take(row)
     return facts
 
 
 def _progress(job: Job, part: float, *, now: datetime) -> Progress:
     if job.chunks is None:
         return Progress(0.0, None, 0.0, None, None, None)
-    done = job.chunks_over + part
     over = job.state in TERMINAL
+    done = job.chunks_over + (0.0 if over else part)
     seconds = ((job.finished_at or now) - job.started_at).total_seconds() if job.started_at else 0
     rate = done / seconds if seconds > 0 and done > 0 else None
     return Progress(

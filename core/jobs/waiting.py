@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, Worker
@@ -23,11 +23,6 @@ TIMED = (JobState.RUNNING.value, JobState.SUCCEEDED.value)
 LOOKED_AT = 5_000
 """Jobs of the queue that a forecast plays through at most."""
 GIB = 2**30
-_RUNS = (
-    select(Chunk.id)
-    .where(Chunk.job_id == bindparam("job_id"), Chunk.state == RUNNING_CHUNK)
-    .limit(1)
-)
 PAUSED_WORDS = "paused; resume it to go on"
 
 
@@ -42,11 +37,9 @@ class Ahead:
 
 
 def ahead(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> Ahead:
-    """Return why a job does not run, its place in its project's queue and its probable start."""
+    """Return why a job of which no chunk runs waits, its place and its probable start."""
     if job.state not in (JobState.QUEUED, JobState.RUNNING):
         return Ahead(_standing_still(session, job), None, None)
-    if session.scalar(_RUNS, {"job_id": job.id}) is not None:  # of most polls all there is to ask
-        return Ahead(None, None, None)
     running = _running(session)
     workers = pool.usable(session, now=now)
     needs = _needs(session, job)

@@ -3,13 +3,17 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from api.deps import Lane
 from api.principals import Proof
+from api.problems import Busy
 from api.routes.events import follow, look_at
+from api.routes.jobs import get
 from tests.api.conftest import ECHO, context_of, runner_of
 
 STREAM = {"Accept": "text/event-stream"}
@@ -142,6 +146,39 @@ def test_silent_stream_sends_heartbeats_until_the_server_stops(alone: TestClient
     heard = asyncio.run(listen())
 
     assert heard[1:] == [": still here\n\n"] * 2
+
+
+def test_where_all_looks_are_taken_polls_are_told_so_and_streams_live_on(
+    alone: TestClient,
+) -> None:
+    job_id = alone.post("/v1/jobs", json=ECHO).json()["id"]
+    context = replace(context_of(alone), glances=Lane("looks at jobs", 1, wait_s=0.01))
+    by = context.principals.find(Proof())
+    go_on = threading.Event()
+
+    async def crowd() -> list[str]:
+        heard, held = [], asyncio.ensure_future(context.glances.run(go_on.wait, project="other"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy, match="looks at jobs"):
+            await get(job_id, context, by)
+        first = look_at(context, by, job_id, after=0)
+        async for text in follow(context, by, job_id, first, 0, heartbeat_s=0.1):
+            heard.append(text)
+            if len(heard) == 2:
+                go_on.set()
+                alone.post(f"/v1/jobs/{job_id}/cancel")
+        await held
+        return heard
+
+    heard = asyncio.run(crowd())
+
+    assert heard[1] == ": still here\n\n", "nothing is told twice meanwhile"
+    told = parse("".join(heard))
+    assert [event["event"] for event in told if "id" in event] == [
+        "job.submitted",
+        "job.planned",
+        "job.cancelled",
+    ]
 
 
 def test_a_number_that_another_server_gave_out_resets_the_stream(

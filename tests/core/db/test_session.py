@@ -5,14 +5,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import Engine, text, update
+from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from core.db.models import ServiceFact
 from core.db.session import (
     RESTED_S,
     SILENCE_S,
     deadlocked,
+    glancing,
     insert_new,
     is_away,
     make_engine,
@@ -42,6 +44,27 @@ def test_nobody_there_is_away_and_a_broken_rule_is_not(engine: Engine) -> None:
     assert is_away(absent.value)
     assert not is_away(broken.value)
     assert not is_away(ValueError("of another world"))
+
+
+def test_a_glance_leaves_its_connection_as_it_was(engine: Engine) -> None:
+    """One connection serves all: what glanced once still takes back what failed."""
+    mine = make_engine(engine.url.render_as_string(hide_password=False))
+    count = select(func.count()).select_from(ServiceFact).where(ServiceFact.key == "mine")
+
+    def break_off(session: Session) -> None:
+        insert_new(session, ServiceFact, {"key": "mine", "value": ""})
+        raise RuntimeError
+
+    for _ in range(2):
+        with glancing(mine) as session:
+            assert session.scalar(count) == 0
+        with pytest.raises(RuntimeError), transaction(mine) as session:
+            break_off(session)
+    with transaction(mine) as session:
+        insert_new(session, ServiceFact, {"key": "mine", "value": ""})
+    with glancing(mine) as session:
+        assert session.scalar(count) == 1
+    mine.dispose()
 
 
 @ON_POSTGRES

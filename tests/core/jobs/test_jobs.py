@@ -23,6 +23,7 @@ from tests.life import (
     claim,
     finish,
     give_up,
+    glance,
     pick,
     place,
     release,
@@ -60,6 +61,31 @@ def test_a_job_runs_to_its_artifact(
         "job.succeeded",
     ]
     assert list(runner.scratch.iterdir()) == []
+
+
+def test_a_glance_tells_of_jobs_that_do_not_wait_and_of_no_other_project(
+    engine: Engine, clock: Clock
+) -> None:
+    job_id = submit(engine, clock, times=2)
+    assert glance(engine, job_id, clock()) is None, "it waits: there is more to tell"
+    held = claim(engine, clock)
+    clock.tick(seconds=4)
+    with transaction(engine) as session:
+        lease.renew(session, held, until=clock(), progress=0.5)
+
+    running = glance(engine, job_id, clock())
+    assert running is not None
+    assert running == shown(engine, job_id, clock)
+    assert running.progress.done == 0.5
+    finish(engine, held, clock)
+    assert glance(engine, job_id, clock()) is None
+    finish(engine, claim(engine, clock), clock, some_file(), some_file("b" * 64, name="more"))
+    over = glance(engine, job_id, clock())
+    assert over is not None
+    assert over == shown(engine, job_id, clock)
+    assert over.artifacts == {"text": "a" * 64, "more": "b" * 64}
+    assert glance(engine, job_id, clock(), project="prj_other") is None
+    assert glance(engine, "job_none", clock()) is None
 
 
 def test_superseded_attempt_cannot_write(engine: Engine, clock: Clock) -> None:
