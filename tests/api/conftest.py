@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.deps import Context
+from core.db.session import transaction
+from core.errors import OutOfMemory
+from core.jobs import lease
+from core.jobs.lease import Claim
 from core.jobs.runner import Runner
 from core.settings import Settings
+from tests import life
 from tests.conftest import DATABASES, Clock, fresh_database, make_runner
 
 KEY = "a-key-of-some-length"
@@ -178,3 +184,49 @@ def upload(client: TestClient, content: bytes, key: dict[str, str] | None = None
 def announce(content: bytes, file_name: str = "pairs.npz") -> dict[str, Any]:
     digest = hashlib.sha256(content).hexdigest()
     return {"file_name": file_name, "size_bytes": len(content), "sha256": digest}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A server and the key of whoever works with it."""
+
+    server: TestClient
+    engine: Engine
+    clock: Clock
+    key: dict[str, str]
+
+    def submit(self, **changes: Any) -> str:
+        answer = self.server.post("/v1/jobs", json={**ECHO, **changes}, headers=self.key)
+        assert answer.status_code == 201, answer.text
+        job_id: str = answer.json()["id"]
+        return job_id
+
+    def act(self, method: str, path: str, **more: Any) -> Any:
+        return self.server.request(method, f"/v1/jobs/{path}", headers=self.key, **more)
+
+    def show(self, job_id: str) -> dict[str, Any]:
+        shown: dict[str, Any] = self.act("GET", job_id).json()
+        return shown
+
+    def events(self, job_id: str) -> list[str]:
+        return [one["type"] for one in self.act("GET", f"{job_id}/events").json()["items"]]
+
+    def noted(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """What the audit log says, the oldest first."""
+        found = self.server.get("/v1/audit", headers=OPERATOR).json()["items"]
+        return [(one["action"], one["target"], one["data"]) for one in reversed(found)]
+
+    def claim(self) -> Claim:
+        return life.claim(self.engine, self.clock)
+
+    def hand_back(self, claimed: Claim) -> None:
+        with transaction(self.engine) as session:
+            lease.hand_back(session, claimed, now=self.clock(), rules=life.RULES)
+
+    def fail(self) -> None:
+        life.give_up(self.engine, self.claim(), OutOfMemory("32 GiB needed"), self.clock)
+
+
+@pytest.fixture
+def desk(shared: TestClient, engine: Engine, clock: Clock) -> Desk:
+    return Desk(shared, engine, clock, key_of(shared, "prj_default", "read", "submit"))
