@@ -52,7 +52,7 @@ class Lane:
 
     def __init__(self, what: str, places: int, *, wait_s: float) -> None:
         self._what = what
-        self._places = Semaphore(places)
+        self._places = Semaphore(places, fast_acquire=True)
         self._half = max(1, places // 2)
         self._of_project: dict[str, Semaphore] = {}
         self._wait_s = wait_s
@@ -63,7 +63,7 @@ class Lane:
         Raises:
             Busy: no place became free.
         """
-        own = self._of_project.setdefault(project, Semaphore(self._half))
+        own = self._of_project.setdefault(project, Semaphore(self._half, fast_acquire=True))
         async with AsyncExitStack() as held:
             try:
                 with fail_after(self._wait_s):

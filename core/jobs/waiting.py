@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import Chunk, Job, JobInput, Worker
@@ -24,6 +24,26 @@ LOOKED_AT = 5_000
 """Jobs of the queue that a forecast plays through at most."""
 GIB = 2**30
 PAUSED_WORDS = "paused; resume it to go on"
+# Built once: every poll of a queued job runs them, and making them costs more.
+_NEXT = (
+    select(Chunk)
+    .where(Chunk.job_id == bindparam("job_id"), Chunk.state == READY_CHUNK)
+    .order_by(Chunk.stage_index, Chunk.index)
+    .limit(1)
+)
+"""The chunk of a job that comes next."""
+_BEFORE_IT = select(func.count(Job.id)).where(
+    Job.project_id == bindparam("project"),
+    IN_QUEUE,
+    tuple_(*ORDER)
+    < tuple_(
+        bindparam("rank", type_=Job.rank.type),
+        bindparam("at", type_=Job.created_at.type),
+        bindparam("id", type_=Job.id.type),
+    ),
+    select(Chunk.id).where(Chunk.job_id == Job.id, Chunk.state == READY_CHUNK).exists(),
+)
+"""How many jobs of its project with a chunk to start are before one."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +60,13 @@ def ahead(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> A
     """Return why a job of which no chunk runs waits, its place and its probable start."""
     if job.state not in (JobState.QUEUED, JobState.RUNNING):
         return Ahead(_standing_still(session, job), None, None)
-    running = _running(session)
     workers = pool.usable(session, now=now)
-    needs = _needs(session, job)
+    needs = session.scalar(_NEXT, {"job_id": job.id})
     able = [w for w in workers if needs is None or _offers(w, needs)]
     place = _place(session, job)
     if needs is None or not able:
         return Ahead(_nobody(session, needs, now=now), place, None)
+    running = _running(session)
     standing = shares.standings(session, now=now, fairness=fairness)
     why = _why(session, job, needs, able, running, standing, now=now)
     starts_in = _starts_in(session, job, workers, running, standing, now=now)
@@ -81,12 +101,6 @@ def _running(session: Session) -> Sequence[Any]:
     of_job = (Job.project_id, Job.kind, Job.device_seconds, Job.attempts)
     query = select(*of_chunk, *of_job).join(Job, Job.id == Chunk.job_id)
     return session.execute(query.where(Chunk.state == RUNNING_CHUNK)).all()
-
-
-def _needs(session: Session, job: Job) -> Chunk | None:
-    """Return the chunk that comes next."""
-    query = select(Chunk).where(Chunk.job_id == job.id, Chunk.state == READY_CHUNK)
-    return session.scalar(query.order_by(Chunk.stage_index, Chunk.index).limit(1))
 
 
 def _offers(worker: Worker, needs: Chunk) -> bool:
@@ -191,8 +205,8 @@ def _count(session: Session, *where: ColumnElement[bool]) -> int:
 
 def _place(session: Session, job: Job) -> int:
     """Return the place among the jobs of its project that have a chunk to start."""
-    ready = select(Chunk.id).where(Chunk.job_id == Job.id, Chunk.state == READY_CHUNK).exists()
-    return _count(session, Job.project_id == job.project_id, IN_QUEUE, _before(job), ready) + 1
+    mine = {"project": job.project_id, "rank": job.rank, "at": job.created_at, "id": job.id}
+    return 1 + (session.scalar(_BEFORE_IT, mine) or 0)
 
 
 def _starts_in(
