@@ -54,6 +54,9 @@ def postgres() -> Iterator[str]:
         (folder / "data").mkdir()
         server: Any = PostgresServer(folder / "data", cleanup_mode="delete")
         with server:
+            # What a test kills is a process, never the host: nothing needs to reach the disk.
+            server.psql("ALTER SYSTEM SET fsync = off")
+            server.psql("SELECT pg_reload_conf()")
             yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     shutil.rmtree(folder, ignore_errors=True)
 
