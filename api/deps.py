@@ -37,8 +37,8 @@ LONG_QUEUE = 200
 GLANCES = 8
 """Looks at single jobs at a time, half of them for one project. Each is a millisecond of Python,
 and with more threads at it the handing over of the interpreter costs as much as the answers."""
-GLANCE_S = 10.0
-"""To wait for one of these; where the database hangs, a poll is told so."""
+GLANCE_S = 5.0
+"""To wait for one of these; where the database hangs, whoever comes then is told to come again."""
 DEAR_S = 0.03
 """Of computing: what takes less is found out each time, and so is never stale."""
 REMEMBERED = 10_000

@@ -64,7 +64,8 @@ async def events(
     progress whenever it changes; of a job that does not run it says `waits_for`: why. A paused job
     keeps its stream: job.pausing, job.paused and job.unpaused are events like the others. Where the
     number to go on from is beyond the job's last event (another server gave it out), an event
-    `reset` comes first and all are told from the start. A comment every 15 s keeps the connection.
+    `reset` comes first and all are told from the start. A comment about every 15 s keeps the
+    connection.
     """
     if "text/event-stream" not in request.headers.get("accept", ""):
         return await run_in_threadpool(_page, ctx, by, job_id, after=after, limit=limit)
@@ -100,7 +101,7 @@ def _page(ctx: Context, by: Principal, job_id: str, *, after: int, limit: int) -
 
 @dataclass(frozen=True)
 class Look:
-    """One glance at a job."""
+    """What one look at a job found."""
 
     events: Sequence[EventView]
     progress: str

@@ -22,9 +22,10 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from core.db.models import Chunk, Job, JobInput, Output
 from core.jobs import waiting
 from core.jobs.shares import Fairness
-from core.jobs.states import RUNNING_CHUNK, TERMINAL, JobState
+from core.jobs.states import OVER_CHUNKS, RUNNING_CHUNK, TERMINAL, JobState
 
 QUEUED_WORDS = "in the queue"
+MAY_RUN = (JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
 _NO_TEXT, _NO_NUMBER = cast(null(), String()), cast(null(), Float())
 
 
@@ -58,7 +59,10 @@ def _facts_of(these: Callable[[InstrumentedAttribute[str]], ColumnElement[bool]]
             _NO_TEXT,
             func.sum(Chunk.progress),
         )
-        .where(these(Chunk.job_id), Chunk.state == RUNNING_CHUNK)
+        # Through the job: of one of which nothing can run, however long, no chunk is read.
+        .join(Job, Job.id == Chunk.job_id)
+        .where(these(Job.id), Job.state.in_(MAY_RUN))
+        .where(Chunk.state == RUNNING_CHUNK, Chunk.state.not_in(OVER_CHUNKS))
         .group_by(Chunk.job_id)
     )
     return union_all(reads, offers, runs)
@@ -76,7 +80,10 @@ _ONE: Any = (
     .where(Job.id == bindparam("id"), Job.project_id == bindparam("project"))
     .order_by(_OF_ONE.c.made_by)
 )
-"""A job with its facts, as rows; one with nothing but nulls where there are none."""
+"""A job with its facts, as rows; one with nothing but nulls where there are none.
+
+The job comes with each, so this is for the handful of facts that the kinds have.
+"""
 
 
 @dataclass(frozen=True)

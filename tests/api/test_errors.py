@@ -221,10 +221,12 @@ def take_away(engine: Engine) -> None:
 
 
 def test_database_that_is_away_is_503_and_retryable(alone: TestClient) -> None:
+    job_id = alone.post("/v1/jobs", json=ECHO).json()["id"]
     take_away(context_of(alone).engine)
 
-    body = problem_of(alone.get("/v1/jobs"), 503, "database_unavailable")
-    assert body["retryable"]
+    for path in ("/v1/jobs", f"/v1/jobs/{job_id}"):
+        body = problem_of(alone.get(path), 503, "database_unavailable")
+        assert body["retryable"], path
 
 
 ANY = st.recursive(

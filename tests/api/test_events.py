@@ -157,7 +157,10 @@ def test_where_all_looks_are_taken_polls_are_told_so_and_streams_live_on(
     go_on = threading.Event()
 
     async def crowd() -> list[str]:
-        heard, held = [], asyncio.ensure_future(context.glances.run(go_on.wait, project="other"))
+        heard, held = (
+            [],
+            asyncio.ensure_future(context.glances.run(lambda: go_on.wait(30), project="other")),
+        )
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="looks at jobs"):
             await get(job_id, context, by)

@@ -1,11 +1,15 @@
 """The life of a job, on both databases."""
 
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
 
 from core.artifacts.store import LocalStore
 from core.db.models import Artifact, Chunk, Event, Job, Output
@@ -77,7 +81,7 @@ def test_a_glance_tells_of_jobs_that_do_not_wait_and_of_no_other_project(
     assert running is not None
     assert running == shown(engine, job_id, clock)
     assert running.progress.done == 0.5
-    finish(engine, held, clock)
+    finish(engine, held, clock, some_file("c" * 64))  # the last one made is what is offered
     assert glance(engine, job_id, clock()) is None
     finish(engine, claim(engine, clock), clock, some_file(), some_file("b" * 64, name="more"))
     over = glance(engine, job_id, clock())
@@ -86,6 +90,36 @@ def test_a_glance_tells_of_jobs_that_do_not_wait_and_of_no_other_project(
     assert over.artifacts == {"text": "a" * 64, "more": "b" * 64}
     assert glance(engine, job_id, clock(), project="prj_other") is None
     assert glance(engine, "job_none", clock()) is None
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("as_it_is", ["queued", "cancelled"])
+def test_a_look_at_a_job_of_which_nothing_runs_reads_none_of_its_chunks(
+    engine: Engine, clock: Clock, as_it_is: str
+) -> None:
+    def steps_of(look: Callable[[Session], object]) -> int:
+        taken: list[None] = []
+        with reading(engine) as session:
+            driver: Any = session.connection().connection.dbapi_connection
+            driver.set_progress_handler(lambda: taken.append(None), 1)
+            look(session)
+            driver.set_progress_handler(None, 1)
+        return len(taken)
+
+    steps = []
+    for chunks in (2, 500):
+        job_id = submit(engine, clock, times=chunks)
+        if as_it_is == "cancelled":
+            with transaction(engine) as session:
+                control.cancel(session, job_id, project=PROJECT, now=clock())
+        with reading(engine) as session:
+            job = service.get(session, job_id)
+        glances = partial(status.glance, job_id=job_id, project=PROJECT, now=clock())
+        pages = partial(status.describe, jobs=[job], now=clock())
+        steps.append([steps_of(glances), steps_of(pages)])
+
+    assert steps[0] == steps[1]
+    assert min(steps[0]) > 0
 
 
 def test_superseded_attempt_cannot_write(engine: Engine, clock: Clock) -> None:
