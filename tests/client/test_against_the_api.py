@@ -142,6 +142,8 @@ def test_watch_lives_through_a_killed_server(tmp_path: Path) -> None:
 
 def test_ctrl_c_in_a_terminal_leaves_the_job(service: Service, client: Stillroom) -> None:
     job = client.submit({**ECHO, "times": 1000})
+    # Tests that a shell runs in the background ignore Ctrl-C, and so would what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     watch = subprocess.Popen(
         [sys.executable, "-m", "client", "--url", service.url, "watch", job["id"]],
         stdout=subprocess.PIPE,
