@@ -199,8 +199,8 @@ def _facts(session: Session, jobs: Sequence[Job]) -> dict[str, _Facts]:
 def _progress(job: Job, part: float, *, now: datetime) -> Progress:
     if job.chunks is None:
         return Progress(0.0, None, 0.0, None, None, None)
+    done = job.chunks_over + part
     over = job.state in TERMINAL
-    done = job.chunks_over + (0.0 if over else part)
     seconds = ((job.finished_at or now) - job.started_at).total_seconds() if job.started_at else 0
     rate = done / seconds if seconds > 0 and done > 0 else None
     return Progress(
