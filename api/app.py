@@ -20,6 +20,7 @@ from api.deps import Context, Lane, known_query, scopes_of
 from api.embedded import Embedded
 from api.guard import Guard
 from api.lock import only_server
+from api.looks import Looks
 from api.principals import Principals
 from api.problems import leaves
 from api.rates import make_rates
@@ -188,6 +189,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) 
         principals=principals,
         rates=make_rates(settings),
         hints=_hints(settings),
+        looks=Looks(engine=engine, clock=clock, fairness=Rules.of(settings).fairness),
     )
 
 

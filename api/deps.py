@@ -1,7 +1,6 @@
 """What a route may reach, and whom it serves: one Context, and a Principal with the right scope."""
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
@@ -17,14 +16,15 @@ from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect, Request
 
 from api import views
+from api.looks import LOOK_S, Looks
 from api.principals import METRICS, Principals
 from api.problems import Busy
 from api.rates import Rates
 from core.artifacts.store import Store
 from core.db.models import Job
-from core.db.session import glancing, reading, transaction
+from core.db.session import reading, transaction
 from core.errors import Forbidden
-from core.jobs import audit, overview, recovery, service, status
+from core.jobs import audit, overview, recovery, status
 from core.jobs.hints import Hints
 from core.jobs.keys import Principal, Scope
 from core.jobs.shares import Fairness
@@ -34,14 +34,10 @@ from core.settings import Settings
 T = TypeVar("T")
 LONG_QUEUE = 200
 """Jobs before one that is submitted, above which its place is not looked for at once."""
-GLANCES = 8
-"""Looks at single jobs at a time, half of them for one project. Each is a millisecond of Python,
-and with more threads at it the handing over of the interpreter costs as much as the answers."""
-GLANCE_S = 5.0
-"""To wait for one of these; where the database hangs, whoever comes then is told to come again."""
-DEAR_S = 0.03
-"""Of computing: what takes less is found out each time, and so is never stale."""
-REMEMBERED = 10_000
+
+STREAMS = 8
+"""Event streams that look at their jobs at a time, half of them of one project. Each look is
+milliseconds of Python: more threads only pass the interpreter around."""
 
 
 class Lane:
@@ -75,36 +71,6 @@ class Lane:
             return await to_thread.run_sync(work, limiter=CapacityLimiter(1))
 
 
-class Foretold:
-    """Remembers how a job stands where finding out is dear.
-
-    Behind a queue of thousands, what cost so long to find out is kept 20 times as long, unless
-    something of the job changed.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: dict[tuple[Any, ...], tuple[status.JobStatus, float]] = {}
-
-    def of(self, job: Job, find: Callable[[], status.JobStatus]) -> status.JobStatus:
-        """Return what is remembered of a job as it is now, or find out."""
-        # A chunk that starts raises the attempts, one that ends changes the others.
-        key = (job.id, job.state, job.rank, job.chunks_over, job.attempts)
-        with self._lock:
-            known, until = self._known.get(key, (None, 0.0))
-        if known is not None and time.monotonic() < until:
-            return known
-        began = time.thread_time()
-        found = find()
-        took_s = time.thread_time() - began
-        if took_s >= DEAR_S:
-            with self._lock:
-                if len(self._known) >= REMEMBERED:
-                    self._known.clear()
-                self._known[key] = (found, time.monotonic() + 20 * took_s)
-        return found
-
-
 @dataclass(frozen=True)
 class Context:
     """The world, as the routes see it."""
@@ -122,8 +88,8 @@ class Context:
     rates: Rates
     hints: Hints
     """Tells workers of new work, once it is committed."""
-    foretold: Foretold = field(default_factory=Foretold)
-    glances: Lane = field(default_factory=lambda: Lane("looks at jobs", GLANCES, wait_s=GLANCE_S))
+    looks: Looks
+    streams: Lane = field(default_factory=lambda: Lane("event streams", STREAMS, wait_s=LOOK_S))
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the server is told to end: event streams end too."""
 
@@ -153,22 +119,9 @@ class Context:
         """Return jobs as they are shown."""
         return views.job_views(jobs, status.describe(session, jobs, now=self.clock()))
 
-    def look(self, job_id: str, *, project: str) -> views.JobView:
-        """Return a job as it is shown alone, mostly by one statement.
-
-        Raises:
-            NotFound: no such job in the project.
-        """
-        with glancing(self.engine) as session:
-            found = status.glance(session, job_id, project=project, now=self.clock())
-        if found is not None:
-            return views.JobView.of(*found)
-        with self.reading() as session:
-            return self.show_one(session, service.get(session, job_id, project=project))
-
     def show_one(self, session: Session, job: Job) -> views.JobView:
         """Return a job as it is shown alone: with its place in the queue and why it waits."""
-        return views.JobView.of(job, self.status_of(session, job))
+        return views.JobView.of(job, self.looks.status_of(session, job))
 
     def show_new(self, session: Session, job: Job) -> views.JobView:
         """Return a job just submitted; behind a long queue its place is told by GET alone.
@@ -178,13 +131,6 @@ class Context:
         if overview.queue_passes(session, LONG_QUEUE):
             return self.show(session, [job])[0]
         return self.show_one(session, job)
-
-    def status_of(self, session: Session, job: Job) -> status.JobStatus:
-        """Return how a job stands, with its place in the queue and why it waits."""
-        return self.foretold.of(
-            job,
-            lambda: status.describe_one(session, job, now=self.clock(), fairness=self.fairness),
-        )
 
     def note(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Engine
@@ -17,6 +18,7 @@ from core.jobs.lease import Claim, Rules
 from core.jobs.pool import Place
 from core.jobs.scheduler import Candidate
 from core.jobs.status import JobStatus
+from core.jobs.waiting import Outlook
 from core.kinds._base import kinds
 
 Now = Callable[[], datetime]
@@ -142,19 +144,19 @@ def shown(engine: Engine, job_id: str, now: Now) -> JobStatus:
     """The status as a look at this one job shows it; a glance at it says the same or nothing."""
     at = now()
     with reading(engine) as session:
+        ahead = cache(Outlook(session, now=at, fairness=RULES.fairness).ahead)
         job = service.get(session, job_id)
-        told = status.describe_one(session, job, now=at, fairness=RULES.fairness)
-    glanced = glance(engine, job_id, at, project=job.project_id)
-    assert glanced in (None, told)
+        told = status.describe_one(session, job, now=at, ahead=ahead)
+        again = status.look(session.connection(), [job_id], now=at, ahead=lambda _: ahead(job))
+    assert [one for _, one in again] == [told]
+    assert glance(engine, job_id, at) in (None, told)
     return told
 
 
-def glance(
-    engine: Engine, job_id: str, at: datetime, *, project: str = PROJECT
-) -> JobStatus | None:
-    with glancing(engine) as session:
-        found = status.glance(session, job_id, project=project, now=at)
-    return found and found[1]
+def glance(engine: Engine, job_id: str, at: datetime) -> JobStatus | None:
+    with glancing(engine) as connection:
+        found = [told for _, told in status.look(connection, [job_id], now=at)]
+    return found[0] if found else None
 
 
 def some_file(sha256: str = "a" * 64, *, name: str = "text", role: str = "artifact") -> Stored:

@@ -119,7 +119,7 @@ def look_at(ctx: Context, by: Principal, job_id: str, *, after: int) -> Look:
     with ctx.reading() as session:
         job = service.get(session, job_id, project=by.project_id)
         found = list_events(session, job_id, after=after, limit=BATCH)
-        told = ctx.status_of(session, job)
+        told = ctx.looks.status_of(session, job)
     ended = job.finished_at is not None or any(event.type in TERMINAL_EVENTS for event in found)
     return Look(
         events=[EventView.of(event) for event in found],
@@ -176,7 +176,7 @@ async def follow(
 async def _look_again(ctx: Context, by: Principal, job_id: str, last: Look, after: int) -> Look:
     look = partial(look_at, ctx, by, job_id, after=after)
     try:
-        return await ctx.glances.run(look, project=by.project_id)
+        return await ctx.streams.run(look, project=by.project_id)
     except Busy:
         return replace(last, events=[])  # nothing new for now; the reader need not know
 

@@ -162,7 +162,7 @@ def list_jobs(
         except SpecInvalid as error:
             raise of_query(error) from error
         page = JobPage(items=ctx.show(session, jobs), next_cursor=following)
-    return written(page)
+    return written(page.model_dump_json())
 
 
 def of_query(error: SpecInvalid) -> SpecInvalid:
@@ -186,15 +186,12 @@ def parse_pairs(texts: list[str], *, parameter: str) -> dict[str, str]:
 @router.get("/{job_id}", summary="Show a job", response_model=JobView)
 async def get(job_id: JobIdPath, ctx: Ctx, by: Reader) -> Response:
     """Return the job with its progress, why it waits, its error and its artifacts."""
-    project = by.project_id
-    return await ctx.glances.run(
-        lambda: written(ctx.look(job_id, project=project)), project=project
-    )
+    return written(await ctx.looks.at(job_id, project=by.project_id))
 
 
-def written(view: View) -> Response:
-    """Return a view as JSON; the framework would check it once more, in yet another thread."""
-    return Response(view.model_dump_json(), media_type="application/json")
+def written(shown: str) -> Response:
+    """Return JSON as it is; the framework would check it once more, in yet another thread."""
+    return Response(shown, media_type="application/json")
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job")

@@ -118,18 +118,17 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 
 @contextmanager
-def glancing(engine: Engine) -> Iterator[Session]:
-    """Open a session for one statement that reads: it is a snapshot by itself.
+def glancing(engine: Engine) -> Iterator[Connection]:
+    """Open a connection for one statement that reads: it is a snapshot by itself.
 
     Without a transaction around it PostgreSQL is asked once instead of three times.
     """
     if engine.dialect.name == "sqlite":  # in this process: there is nothing to save
         with reading(engine) as session:
-            yield session
+            yield session.connection()
         return
-    with Session(engine, expire_on_commit=False) as session:
-        session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
-        yield session
+    with engine.connect() as connection:
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def insert_new(session: Session, table: type[Base], values: Mapping[str, Any]) -> bool:

@@ -86,7 +86,7 @@ def estimate(
 def _look(
     session: Session, job: Job, planned: Sequence[Stage], *, now: datetime, fairness: Fairness
 ) -> Estimate:
-    ahead = waiting.ahead(session, job, now=now, fairness=fairness)
+    ahead = waiting.Outlook(session, now=now, fairness=fairness).ahead(job)
     hits, hits_from = _cache_hits(session, job)
     facts: dict[str, Any] = {
         "cache_hits": hits,

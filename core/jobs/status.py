@@ -7,11 +7,13 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Float,
     String,
     bindparam,
     cast,
     func,
+    inspect,
     literal_column,
     null,
     select,
@@ -21,20 +23,24 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from core.db.models import Chunk, Job, JobInput, Output
 from core.jobs import waiting
-from core.jobs.shares import Fairness
 from core.jobs.states import OVER_CHUNKS, RUNNING_CHUNK, TERMINAL, JobState
+from core.jobs.waiting import Ahead
 
 QUEUED_WORDS = "in the queue"
 MAY_RUN = (JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
+JobRow = Any
+"""A row with all that a Job has; an object of a session would cost as much as the query."""
+Foretell = Callable[[Job], Ahead]
+"""Tells what a job has before it; asked only of one that may have to wait."""
 _NO_TEXT, _NO_NUMBER = cast(null(), String()), cast(null(), Float())
 
 
 def _facts_of(these: Callable[[InstrumentedAttribute[str]], ColumnElement[bool]]) -> Any:
     """Ask what jobs read (made by no chunk), what they offer, how much of what runs is done."""
     reads: Any = select(
-        JobInput.job_id,
+        JobInput.job_id.label("of_job"),
         literal_column("0").label("made_by"),
-        JobInput.field.label("name"),
+        JobInput.field.label("fact"),
         JobInput.sha256.label("sha256"),
         JobInput.upstream_id.label("upstream"),
         JobInput.upstream_output.label("output"),
@@ -73,14 +79,14 @@ _MANY: Any = _facts_of(lambda job_id: job_id.in_(bindparam("ids", expanding=True
     "made_by"
 )
 """For a page of jobs, the outputs that were made last at the end."""
-_OF_ONE = _facts_of(lambda job_id: job_id == bindparam("id")).subquery()
-_ONE: Any = (
-    select(Job, *_OF_ONE.c)
-    .outerjoin(_OF_ONE, _OF_ONE.c.job_id == Job.id)
-    .where(Job.id == bindparam("id"), Job.project_id == bindparam("project"))
-    .order_by(_OF_ONE.c.made_by)
+_OF_SOME = _facts_of(lambda job_id: job_id.in_(bindparam("ids", expanding=True))).subquery()
+_SOME: Any = (
+    select(*inspect(Job).columns, (100 - Job.rank).label("priority"), *_OF_SOME.c)
+    .outerjoin(_OF_SOME, _OF_SOME.c.of_job == Job.id)
+    .where(Job.id.in_(bindparam("ids", expanding=True)))
+    .order_by(_OF_SOME.c.made_by)
 )
-"""A job with its facts, as rows; one with nothing but nulls where there are none.
+"""Jobs with their facts, as rows; one with nothing but nulls where there are none.
 
 The job comes with each, so this is for the handful of facts that the kinds have.
 """
@@ -125,10 +131,10 @@ class _Facts:
         if fact.part is not None:
             self.part = fact.part
         elif fact.made_by:
-            self.artifacts[fact.name] = fact.sha256
+            self.artifacts[fact.fact] = fact.sha256
         else:
             read = {"sha256": fact.sha256, "job_id": fact.upstream, "output": fact.output}
-            self.inputs[fact.name] = read
+            self.inputs[fact.fact] = read
 
 
 def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[JobStatus]:
@@ -138,36 +144,42 @@ def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[Jo
     return [_status(job, facts[job.id], upstream.get(job.id), now=now) for job in jobs]
 
 
-def describe_one(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> JobStatus:
+def describe_one(session: Session, job: Job, *, now: datetime, ahead: Foretell) -> JobStatus:
     """Return a job's status with its place in the queue, why it waits and its probable start."""
-    facts = _facts(session, [job])[job.id]
+    return _whole(job, _facts(session, [job])[job.id], now=now, ahead=ahead)
+
+
+def look(
+    connection: Connection, job_ids: Sequence[str], *, now: datetime, ahead: Foretell | None = None
+) -> list[tuple[JobRow, JobStatus]]:
+    """Return jobs and their statuses; what is no job is left out.
+
+    Without ``ahead`` by one statement, which tells all of most jobs: what may have to wait is left
+    out too.
+    """
+    jobs: dict[str, tuple[JobRow, _Facts]] = {}
+    for row in connection.execute(_SOME, {"ids": list(job_ids)}):
+        _, facts = jobs.setdefault(row.id, (row, _Facts()))
+        if row.of_job is not None:
+            facts.take(row)
+    return [
+        (job, _whole(job, facts, now=now, ahead=ahead))
+        for job, facts in jobs.values()
+        if ahead or not _may_wait(job, facts)
+    ]
+
+
+def _whole(job: Job, facts: _Facts, *, now: datetime, ahead: Foretell | None) -> JobStatus:
     status = _status(job, facts, None, now=now)
-    if not _may_wait(job, facts):
+    if ahead is None or not _may_wait(job, facts):
         return status
-    ahead = waiting.ahead(session, job, now=now, fairness=fairness)
+    found = ahead(job)
     return replace(
         status,
-        queue_position=ahead.place,
-        waits_for=ahead.why,
-        predicted_start_at=ahead.starts_at,
+        queue_position=found.place,
+        waits_for=found.why,
+        predicted_start_at=found.starts_at,
     )
-
-
-def glance(
-    session: Session, job_id: str, *, project: str, now: datetime
-) -> tuple[Job, JobStatus] | None:
-    """Return a job and its status by one statement: most polls need no more.
-
-    None where that does not tell all: it may have to wait, or is no job of the project.
-    """
-    rows = session.execute(_ONE, {"id": job_id, "project": project}).all()
-    if not rows:
-        return None
-    job, facts = rows[0][0], _Facts()
-    for row in rows:
-        if row.job_id is not None:
-            facts.take(row)
-    return None if _may_wait(job, facts) else (job, _status(job, facts, None, now=now))
 
 
 def _may_wait(job: Job, facts: _Facts) -> bool:
@@ -192,7 +204,7 @@ def _facts(session: Session, jobs: Sequence[Job]) -> dict[str, _Facts]:
     facts = {job.id: _Facts() for job in jobs}
     # Not through the session, whose care for objects these plain rows do not need.
     for row in session.connection().execute(_MANY, {"ids": list(facts)}):
-        facts[row.job_id].take(row)
+        facts[row.of_job].take(row)
     return facts
 
 

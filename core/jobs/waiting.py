@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select, tuple_
@@ -26,7 +27,7 @@ GIB = 2**30
 PAUSED_WORDS = "paused; resume it to go on"
 # Built once: every poll of a queued job runs them, and making them costs more.
 _NEXT = (
-    select(Chunk)
+    select(Chunk.device, Chunk.memory_bytes, Chunk.failed_on, Chunk.retry_at)
     .where(Chunk.job_id == bindparam("job_id"), Chunk.state == READY_CHUNK)
     .order_by(Chunk.stage_index, Chunk.index)
     .limit(1)
@@ -56,25 +57,107 @@ class Ahead:
     starts_at: datetime | None
 
 
-def ahead(session: Session, job: Job, *, now: datetime, fairness: Fairness) -> Ahead:
-    """Return why a job of which no chunk runs waits, its place and its probable start."""
-    if job.state not in (JobState.QUEUED, JobState.RUNNING):
-        return Ahead(_standing_still(session, job), None, None)
-    workers = pool.usable(session, now=now)
-    needs = session.scalar(_NEXT, {"job_id": job.id})
-    able = [w for w in workers if needs is None or _offers(w, needs)]
-    place = _place(session, job)
-    if needs is None or not able:
-        return Ahead(_nobody(session, needs, now=now), place, None)
-    running = _running(session)
-    standing = shares.standings(session, now=now, fairness=fairness)
-    why = _why(session, job, needs, able, running, standing, now=now)
-    starts_in = _starts_in(session, job, workers, running, standing, now=now)
-    if starts_in is None:
-        return Ahead(why, place, None)
-    starts_at = now + timedelta(seconds=starts_in)
-    again = _again_at(needs, able, now=now)
-    return Ahead(why, place, starts_at if again is None else max(starts_at, again))
+class Outlook:
+    """What jobs have before them, on the snapshot of one session.
+
+    The pool and what runs on it are read when first needed, and once for all jobs looked at.
+    """
+
+    def __init__(self, session: Session, *, now: datetime, fairness: Fairness) -> None:
+        self._session = session
+        self._now = now
+        self._fairness = fairness
+
+    def ahead(self, job: Job) -> Ahead:
+        """Return why a job of which no chunk runs waits, its place and its probable start."""
+        if job.state not in (JobState.QUEUED, JobState.RUNNING):
+            return Ahead(_standing_still(self._session, job), None, None)
+        self._session.flush()  # the connection below knows nothing of what is still to be written
+        needs = self._session.connection().execute(_NEXT, {"job_id": job.id}).first()
+        able = [w for w in self._workers if needs is None or _offers(w, needs)]
+        place = _place(self._session, job)
+        if needs is None or not able:
+            return Ahead(self._nobody(needs), place, None)
+        why = self._why(job, needs, able)
+        starts_in = self._starts_in(job)
+        if starts_in is None:
+            return Ahead(why, place, None)
+        starts_at = self._now + timedelta(seconds=starts_in)
+        again = _again_at(needs, able, now=self._now)
+        return Ahead(why, place, starts_at if again is None else max(starts_at, again))
+
+    @cached_property
+    def _workers(self) -> Sequence[Worker]:
+        return pool.usable(self._session, now=self._now)
+
+    @cached_property
+    def _live(self) -> Sequence[Worker]:
+        found = pool.workers(self._session, now=self._now)
+        return [worker for worker, alive in found if alive]
+
+    @cached_property
+    def _running(self) -> Sequence[Any]:
+        """What runs: each chunk with the figures of its job."""
+        of_chunk = (Chunk.job_id, Chunk.owner, Chunk.started_at, Chunk.progress)
+        of_job = (Job.project_id, Job.kind, Job.device_seconds, Job.attempts)
+        query = select(*of_chunk, *of_job).join(Job, Job.id == Chunk.job_id)
+        return self._session.execute(query.where(Chunk.state == RUNNING_CHUNK)).all()
+
+    @cached_property
+    def _standing(self) -> Mapping[str, Standing]:
+        return shares.standings(self._session, now=self._now, fairness=self._fairness)
+
+    def _nobody(self, needs: Any | None) -> str:
+        if needs is None:
+            return "its next chunk is being made ready"
+        live = self._live
+        if any(_offers(worker, needs) for worker in live):
+            return "every worker that could run it is on a node that drains or is excluded"
+        if not live:
+            return "no worker is alive"
+        same = [w.memory_bytes for w in live if needs.device in (None, w.kind)]
+        if not same:
+            return f"needs a {needs.device}; no live worker has one"
+        most, asked = max(same) / GIB, needs.memory_bytes / GIB
+        return f"needs {asked:.2f} GiB of device memory; the largest live worker has {most:.2f} GiB"
+
+    def _why(self, job: Job, needs: Any, able: Sequence[Worker]) -> str:
+        mine = self._standing[job.project_id]
+        again = _again_at(needs, able, now=self._now)
+        if again is not None:
+            return f"failed on {needs.failed_on}; tried there again at {again:%T} UTC"
+        if mine.at_limit:
+            return f"its project runs {mine.running} chunks at once, its limit"
+        busy = {chunk.owner for chunk in self._running}
+        free = any(worker.id not in busy for worker in able)
+        return _first(self._session, job, able, self._standing) or (
+            "next in the queue; a worker is free to take it"
+            if free
+            else "next in the queue; all workers that could run it are busy"
+        )
+
+    def _starts_in(self, job: Job) -> float | None:
+        running = self._running
+        seconds = _Seconds(self._session, running, project=job.project_id)
+        left = {chunk.owner: seconds.left(chunk, now=self._now) for chunk in running}
+        busy_s = {chunk.job_id: left[chunk.owner] for chunk in running}
+        jobs = _queue(self._session, seconds, busy_s)
+        if all(one.job_id != job.id for one in jobs):
+            return None
+        whose = {chunk.owner: chunk.project_id for chunk in running}
+        devices = [
+            Device(w.kind, w.memory_bytes, left.get(w.id, 0.0), whose.get(w.id))
+            for w in self._workers
+        ]
+        projects = self._standing.values()
+        return forecast.starts_in(
+            job.id,
+            jobs,
+            devices,
+            usage={one.project_id: one.usage for one in projects},
+            weights={one.project_id: one.weight for one in projects},
+            limits={p.project_id: p.running_limit for p in projects if p.running_limit is not None},
+        )
 
 
 def _standing_still(session: Session, job: Job) -> str | None:
@@ -95,64 +178,17 @@ def upstream(session: Session, jobs: Sequence[Job]) -> dict[str, str]:
     return {job_id: f"waits for {' and '.join(sorted(found))}" for job_id, found in names.items()}
 
 
-def _running(session: Session) -> Sequence[Any]:
-    """Return what runs: each chunk with the figures of its job."""
-    of_chunk = (Chunk.job_id, Chunk.owner, Chunk.started_at, Chunk.progress)
-    of_job = (Job.project_id, Job.kind, Job.device_seconds, Job.attempts)
-    query = select(*of_chunk, *of_job).join(Job, Job.id == Chunk.job_id)
-    return session.execute(query.where(Chunk.state == RUNNING_CHUNK)).all()
-
-
-def _offers(worker: Worker, needs: Chunk) -> bool:
+def _offers(worker: Worker, needs: Any) -> bool:
     return needs.device in (None, worker.kind) and needs.memory_bytes <= worker.memory_bytes
 
 
-def _nobody(session: Session, needs: Chunk | None, *, now: datetime) -> str:
-    if needs is None:
-        return "its next chunk is being made ready"
-    live = [worker for worker, alive in pool.workers(session, now=now) if alive]
-    if any(_offers(worker, needs) for worker in live):
-        return "every worker that could run it is on a node that drains or is excluded"
-    if not live:
-        return "no worker is alive"
-    same = [w.memory_bytes for w in live if needs.device in (None, w.kind)]
-    if not same:
-        return f"needs a {needs.device}; no live worker has one"
-    most, asked = max(same) / GIB, needs.memory_bytes / GIB
-    return f"needs {asked:.2f} GiB of device memory; the largest live worker has {most:.2f} GiB"
-
-
-def _why(
-    session: Session,
-    job: Job,
-    needs: Chunk,
-    able: Sequence[Worker],
-    running: Sequence[Any],
-    standing: Mapping[str, Standing],
-    *,
-    now: datetime,
-) -> str:
-    mine = standing[job.project_id]
-    again = _again_at(needs, able, now=now)
-    if again is not None:
-        return f"failed on {needs.failed_on}; tried there again at {again:%T} UTC"
-    if mine.at_limit:
-        return f"its project runs {mine.running} chunks at once, its limit"
-    busy = {chunk.owner for chunk in running}
-    free = any(worker.id not in busy for worker in able)
-    return _first(session, job, able, standing) or (
-        "next in the queue; a worker is free to take it"
-        if free
-        else "next in the queue; all workers that could run it are busy"
-    )
-
-
-def _again_at(needs: Chunk, able: Sequence[Worker], *, now: datetime) -> datetime | None:
+def _again_at(needs: Any, able: Sequence[Worker], *, now: datetime) -> datetime | None:
     """Return when a chunk may run again where it failed, if it can run nowhere else."""
     nodes = {worker.node_id for worker in able}
     if needs.retry_at is None or needs.retry_at <= now or nodes != {needs.failed_on}:
         return None
-    return needs.retry_at
+    again: datetime = needs.retry_at
+    return again
 
 
 def _first(
@@ -206,33 +242,7 @@ def _count(session: Session, *where: ColumnElement[bool]) -> int:
 def _place(session: Session, job: Job) -> int:
     """Return the place among the jobs of its project that have a chunk to start."""
     mine = {"project": job.project_id, "rank": job.rank, "at": job.created_at, "id": job.id}
-    return 1 + (session.scalar(_BEFORE_IT, mine) or 0)
-
-
-def _starts_in(
-    session: Session,
-    job: Job,
-    workers: Sequence[Worker],
-    running: Sequence[Any],
-    standing: Mapping[str, Standing],
-    *,
-    now: datetime,
-) -> float | None:
-    seconds = _Seconds(session, running, project=job.project_id)
-    left = {chunk.owner: seconds.left(chunk, now=now) for chunk in running}
-    jobs = _queue(session, seconds, {chunk.job_id: left[chunk.owner] for chunk in running})
-    if all(one.job_id != job.id for one in jobs):
-        return None
-    whose = {chunk.owner: chunk.project_id for chunk in running}
-    projects = standing.values()
-    return forecast.starts_in(
-        job.id,
-        jobs,
-        [Device(w.kind, w.memory_bytes, left.get(w.id, 0.0), whose.get(w.id)) for w in workers],
-        usage={one.project_id: one.usage for one in projects},
-        weights={one.project_id: one.weight for one in projects},
-        limits={p.project_id: p.running_limit for p in projects if p.running_limit is not None},
-    )
+    return 1 + (session.connection().scalar(_BEFORE_IT, mine) or 0)
 
 
 class _Seconds:

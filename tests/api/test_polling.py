@@ -8,10 +8,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.__main__ import _listen
-from api.deps import LONG_QUEUE, Foretold
+from api.deps import LONG_QUEUE
+from api.looks import Foretold
 from api.views import JobPage, JobView
 from core.db.models import Job
-from core.jobs.status import JobStatus, Progress
+from core.jobs.waiting import Ahead
 from tests import life
 from tests.api.conftest import ECHO, context_of
 from tests.conftest import Clock
@@ -38,11 +39,11 @@ def test_what_a_poll_shows_is_what_the_document_says(
         assert told["$ref"].endswith(f"/{shape}")
 
 
-def told(words: str) -> JobStatus:
-    return JobStatus(Progress(0.0, 1, 0.0, "lines", None, None), 1, words, None)
+def told(words: str) -> Ahead:
+    return Ahead(words, 1, None)
 
 
-def dear(words: str) -> JobStatus:
+def dear(words: str) -> Ahead:
     until = time.thread_time() + 0.04
     while time.thread_time() < until:
         pass
@@ -57,8 +58,8 @@ def queued(**changes: Any) -> Job:
 def test_what_is_cheap_is_found_out_each_time() -> None:
     foretold = Foretold()
 
-    assert foretold.of(queued(), lambda: told("first")).waits_for == "first"
-    assert foretold.of(queued(), lambda: told("second")).waits_for == "second"
+    assert foretold.of(queued(), lambda: told("first")).why == "first"
+    assert foretold.of(queued(), lambda: told("second")).why == "second"
 
 
 @pytest.mark.parametrize(
@@ -68,9 +69,9 @@ def test_what_is_dear_is_kept_until_the_job_changes(change: dict[str, Any]) -> N
     foretold = Foretold()
     foretold.of(queued(), lambda: dear("first"))
 
-    assert foretold.of(queued(), lambda: dear("second")).waits_for == "first"
-    assert foretold.of(queued(**change), lambda: dear("third")).waits_for == "third"
-    assert foretold.of(queued(id="job_2"), lambda: dear("other")).waits_for == "other"
+    assert foretold.of(queued(), lambda: dear("second")).why == "first"
+    assert foretold.of(queued(**change), lambda: dear("third")).why == "third"
+    assert foretold.of(queued(id="job_2"), lambda: dear("other")).why == "other"
 
 
 def test_what_is_dear_is_not_kept_for_long() -> None:
@@ -79,7 +80,7 @@ def test_what_is_dear_is_not_kept_for_long() -> None:
 
     time.sleep(1.5)
 
-    assert foretold.of(queued(), lambda: told("second")).waits_for == "second"
+    assert foretold.of(queued(), lambda: told("second")).why == "second"
 
 
 @pytest.fixture

@@ -67,9 +67,7 @@ def test_a_job_runs_to_its_artifact(
     assert list(runner.scratch.iterdir()) == []
 
 
-def test_a_glance_tells_of_jobs_that_do_not_wait_and_of_no_other_project(
-    engine: Engine, clock: Clock
-) -> None:
+def test_a_glance_tells_of_jobs_that_do_not_wait(engine: Engine, clock: Clock) -> None:
     job_id = submit(engine, clock, times=2)
     assert glance(engine, job_id, clock()) is None, "it waits: there is more to tell"
     held = claim(engine, clock)
@@ -88,8 +86,11 @@ def test_a_glance_tells_of_jobs_that_do_not_wait_and_of_no_other_project(
     assert over is not None
     assert over == shown(engine, job_id, clock)
     assert over.artifacts == {"text": "a" * 64, "more": "b" * 64}
-    assert glance(engine, job_id, clock(), project="prj_other") is None
     assert glance(engine, "job_none", clock()) is None
+
+
+def _look(session: Session, *, job_id: str, now: datetime) -> object:
+    return status.look(session.connection(), [job_id], now=now)
 
 
 @pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -114,7 +115,7 @@ def test_a_look_at_a_job_of_which_nothing_runs_reads_none_of_its_chunks(
                 control.cancel(session, job_id, project=PROJECT, now=clock())
         with reading(engine) as session:
             job = service.get(session, job_id)
-        glances = partial(status.glance, job_id=job_id, project=PROJECT, now=clock())
+        glances = partial(_look, job_id=job_id, now=clock())
         pages = partial(status.describe, jobs=[job], now=clock())
         steps.append([steps_of(glances), steps_of(pages)])
 
