@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_submitted_job_wakes_a_worker_once_it_is_committed(
     one.post("/v1/jobs", json=ECHO, headers=OPERATOR)
     hints = context_of(one).hints
     assert isinstance(hints, CeleryHints)
-    hints.close()
+    hints.close(limit=timedelta(seconds=30))  # connecting takes long on a machine at work
 
     with redis.Redis.from_url(broker.url) as client:
         assert client.llen("cpu") == 1
