@@ -16,11 +16,12 @@ from starlette.staticfiles import StaticFiles
 from api import pages, problems
 from api.access import Access
 from api.bodies import StrictRoute
-from api.deps import Context, Lane, known_query, scopes_of
+from api.deps import Context, known_query, scopes_of
 from api.embedded import Embedded
 from api.guard import Guard
+from api.lanes import Lane
 from api.lock import only_server
-from api.looks import Looks
+from api.looks import PLACES, WAIT_S, Looks
 from api.principals import Principals
 from api.problems import leaves
 from api.rates import make_rates
@@ -189,7 +190,12 @@ def _open(settings: Settings, clock: Callable[[], datetime], *, embedded: bool) 
         principals=principals,
         rates=make_rates(settings),
         hints=_hints(settings),
-        looks=Looks(engine=engine, clock=clock, fairness=Rules.of(settings).fairness),
+        looks=Looks(
+            engine=engine,
+            clock=clock,
+            fairness=Rules.of(settings).fairness,
+            places=Lane("looks at jobs", PLACES, wait_s=WAIT_S),
+        ),
     )
 
 

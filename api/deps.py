@@ -3,12 +3,12 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
-from anyio import CapacityLimiter, Semaphore, fail_after, from_thread, to_thread
+from anyio import from_thread
 from fastapi import Depends
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy import Engine
@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect, Request
 
 from api import views
-from api.looks import LOOK_S, Looks
+from api.lanes import Lane
+from api.looks import Looks
 from api.principals import METRICS, Principals
-from api.problems import Busy
 from api.rates import Rates
 from core.artifacts.store import Store
 from core.db.models import Job
@@ -27,48 +27,13 @@ from core.errors import Forbidden
 from core.jobs import audit, overview, recovery, status
 from core.jobs.hints import Hints
 from core.jobs.keys import Principal, Scope
+from core.jobs.lease import Rules
 from core.jobs.shares import Fairness
 from core.jobs.uploads import Uploads
 from core.settings import Settings
 
-T = TypeVar("T")
 LONG_QUEUE = 200
 """Jobs before one that is submitted, above which its place is not looked for at once."""
-
-STREAMS = 8
-"""Event streams that look at their jobs at a time, half of them of one project. Each look is
-milliseconds of Python: more threads only pass the interpreter around."""
-
-
-class Lane:
-    """Threads of its own for some work: the pool that answers everything else stays free.
-
-    One project takes half of the places at most, so it cannot keep the others out.
-    """
-
-    def __init__(self, what: str, places: int, *, wait_s: float) -> None:
-        self._what = what
-        self._places = Semaphore(places, fast_acquire=True)
-        self._half = max(1, places // 2)
-        self._of_project: dict[str, Semaphore] = {}
-        self._wait_s = wait_s
-
-    async def run(self, work: Callable[[], T], *, project: str) -> T:
-        """Run a project's ``work`` in a thread once a place is free; waiting holds no thread.
-
-        Raises:
-            Busy: no place became free.
-        """
-        own = self._of_project.setdefault(project, Semaphore(self._half, fast_acquire=True))
-        async with AsyncExitStack() as held:
-            try:
-                with fail_after(self._wait_s):
-                    for places in (own, self._places):
-                        await held.enter_async_context(places)
-            except TimeoutError:
-                raise Busy(f"too many {self._what} at once; send the request again") from None
-            # The place is the limit; a fresh limiter keeps the work out of the common pool.
-            return await to_thread.run_sync(work, limiter=CapacityLimiter(1))
 
 
 @dataclass(frozen=True)
@@ -89,14 +54,13 @@ class Context:
     hints: Hints
     """Tells workers of new work, once it is committed."""
     looks: Looks
-    streams: Lane = field(default_factory=lambda: Lane("event streams", STREAMS, wait_s=LOOK_S))
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the server is told to end: event streams end too."""
 
     @property
     def fairness(self) -> Fairness:
         """How use of the pool is weighed."""
-        return Fairness(self.settings.usage_half_life, self.settings.entry_penalty)
+        return Rules.of(self.settings).fairness
 
     def transaction(self) -> AbstractContextManager[Session]:
         """Open a session that writes."""

@@ -1,8 +1,10 @@
 """Shows how jobs stand to the many who ask again and again: together, and nothing dear twice."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -10,22 +12,26 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from api.together import Together
+from api.lanes import Lane
+from api.together import Key, Together
 from api.views import JobView
 from core.db.models import Job
 from core.db.session import glancing, reading
 from core.errors import NotFound
-from core.jobs import status
+from core.jobs import service, status
 from core.jobs.shares import Fairness
-from core.jobs.status import JobRow, JobStatus
+from core.jobs.status import JobStatus, Seen
 from core.jobs.waiting import Ahead, Outlook
 
+log = logging.getLogger("stillroom.api")
 GLANCES = 32
 """Jobs that one statement asks for."""
-LOOKS = 8
-"""Jobs on one snapshot: of each it takes milliseconds to tell what it waits for."""
-LOOK_S = 5.0
-"""To wait for an answer; where the database hangs, whoever asks is told to come again."""
+PLACES = 8
+"""Jobs of which it is found out at a time what they wait for, and event streams that look; half of
+them of one project. Each takes milliseconds of Python: more threads only pass the interpreter
+around."""
+WAIT_S = 5.0
+"""For a glance, and for a place; where the database hangs, who asks is told to come again."""
 DEAR_S = 0.03
 """Of computing: what takes less is found out each time, and so is never stale."""
 REMEMBERED = 10_000
@@ -61,56 +67,76 @@ class Foretold:
         return found
 
 
-class Looks:
-    """Looks at single jobs. Most need one statement; only what waits is read again, on a snapshot.
+@dataclass(frozen=True)
+class Glance:
+    """What one statement tells of a job that is there."""
 
-    Both are done for all who ask meanwhile at once: a poll in a crowd costs half of one alone.
+    shown: str | None
+    """As JSON; None where the job is to be looked at alone."""
+
+
+class Looks:
+    """Looks at single jobs. One statement tells all of most, and of all who ask meanwhile.
+
+    Only what may have to wait is looked at alone, on a snapshot.
     """
 
     def __init__(
-        self, *, engine: Engine, clock: Callable[[], datetime], fairness: Fairness
+        self,
+        *,
+        engine: Engine,
+        clock: Callable[[], datetime],
+        fairness: Fairness,
+        places: Lane,
+        wait_s: float = WAIT_S,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._fairness = fairness
         self._foretold = Foretold()
-        self._glances = Together("looks at jobs", self._glance, at_once=GLANCES, wait_s=LOOK_S)
-        self._looks = Together("looks at jobs", self._look, at_once=LOOKS, wait_s=LOOK_S)
+        self._glances = Together(self._glance, at_once=GLANCES, wait_s=wait_s)
+        self.places = places
 
     async def at(self, job_id: str, *, project: str) -> str:
         """Return a job as it is shown alone, as JSON.
 
         Raises:
             NotFound: no such job in the project.
-            Busy: no answer came in time.
+            Busy: no answer, or no place, came in time.
         """
-        shown = await self._glances.tell(project, job_id) or await self._looks.tell(project, job_id)
-        if shown is None:
+        glance = await self._glances.tell(project, job_id)
+        if glance is None:
             raise NotFound(f"no job {job_id}")
-        return shown
+        if glance.shown is not None:
+            return glance.shown
+        return await self.places.run(partial(self._look, job_id, project), project=project)
 
     def status_of(self, session: Session, job: Job) -> JobStatus:
         """Return how a job stands, with its place in the queue and why it waits."""
-        return status.describe_one(session, job, now=self._clock(), ahead=self._ahead(session))
+        now = self._clock()
+        outlook = Outlook(session, now=now, fairness=self._fairness)
+        ahead = partial(self._foretold.of, job, partial(outlook.ahead, job))
+        return status.describe_one(session, job, now=now, ahead=ahead)
 
-    def _glance(self, job_ids: Sequence[str]) -> dict[tuple[str, str], str]:
+    def _glance(self, asked: Sequence[Key]) -> dict[Key, Glance]:
         with glancing(self._engine) as connection:
-            found = status.look(connection, job_ids, now=self._clock())
-        return _written(found)
+            found = status.glance(connection, sorted({job_id for _, job_id in asked}))
+        now = self._clock()
+        by_key = {(seen.job.project_id, seen.job.id): seen for seen in found}
+        # Of another project's job nothing is worked out: it takes as long as one that is not there.
+        return {key: _shown(by_key[key], now=now) for key in asked if key in by_key}
 
-    def _look(self, job_ids: Sequence[str]) -> dict[tuple[str, str], str]:
+    def _look(self, job_id: str, project: str) -> str:
         with reading(self._engine) as session:
-            now, ahead = self._clock(), self._ahead(session)
-            found = status.look(session.connection(), job_ids, now=now, ahead=ahead)
-        return _written(found)
-
-    def _ahead(self, session: Session) -> status.Foretell:
-        outlook = Outlook(session, now=self._clock(), fairness=self._fairness)
-        return lambda job: self._foretold.of(job, partial(outlook.ahead, job))
+            job = service.get(session, job_id, project=project)
+            return JobView.of(job, self.status_of(session, job)).model_dump_json()
 
 
-def _written(found: Sequence[tuple[JobRow, JobStatus]]) -> dict[tuple[str, str], str]:
-    """Return jobs as JSON by project and id: what another project asks for is not there."""
-    return {
-        (job.project_id, job.id): JobView.of(job, told).model_dump_json() for job, told in found
-    }
+def _shown(seen: Seen, *, now: datetime) -> Glance:
+    try:
+        told = seen.status(now=now)
+        return Glance(None if told is None else JobView.of(seen.job, told).model_dump_json())
+    except Exception:
+        # It must not spoil the answers of the others; alone, it fails for who asks for it.
+        log.warning("a job that cannot be shown: %s", seen.job.id, exc_info=True)
+        return Glance(None)

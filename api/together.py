@@ -1,7 +1,7 @@
 """Answers together what is asked together: whatever comes during one look is told by the next."""
 
 import asyncio
-from collections import deque
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
@@ -12,15 +12,19 @@ from anyio import CapacityLimiter, to_thread
 from api.problems import Busy
 
 V = TypeVar("V")
+Key = tuple[str, str]
+"""A project, and what it asks for."""
+log = logging.getLogger("stillroom.api")
 LONG_S = 1.0
 """A look that takes longer, as where the database hangs, no longer holds up the next."""
+SIDE_BY_SIDE = 4
+"""Looks under way, each in a thread and on a connection, where they take longer."""
 PAUSE_S = 0.001
 """After several were answered: they may ask again, and together with those that came meanwhile.
 
-Else the first of them goes alone while the others gather, for ever in turn: a seventh more work.
+Else the first to come goes alone while the others gather, in turn for ever. With four that poll a
+server each look told of two on average; a poll cost 2.5 ms of CPU, and 2.2 ms with the pause.
 """
-THREADS = 8
-"""Looks that take longer, and hold a thread each, at the same time."""
 
 
 class Together(Generic[V]):
@@ -28,25 +32,23 @@ class Together(Generic[V]):
 
     An answer is never older than its question: what is asked while a look is under way is told
     by the next one. Alone, a question waits for nothing; the more come at once, the less each
-    costs. Belongs to one event loop.
+    costs. For looks that cost about the same whatever is asked. Belongs to one event loop.
     """
 
     def __init__(
         self,
-        what: str,
-        look: Callable[[Sequence[str]], Mapping[tuple[str, str], V]],
+        look: Callable[[Sequence[Key]], Mapping[Key, V]],
         *,
         at_once: int,
         wait_s: float,
     ) -> None:
-        self._what = what
         self._look = look
         self._at_once = at_once
         self._wait_s = wait_s
-        self._threads = CapacityLimiter(THREADS)
-        self._asked: dict[str, deque[_Question[V]]] = {}
+        self._threads = CapacityLimiter(SIDE_BY_SIDE)
+        self._asked: dict[str, dict[str, list[asyncio.Future[V | None]]]] = {}
         self._asking: asyncio.Task[None] | None = None
-        self._under_way: set[asyncio.Task[Mapping[tuple[str, str], V]]] = set()
+        self._under_way: set[asyncio.Task[Mapping[Key, V]]] = set()
 
     async def tell(self, project: str, name: str) -> V | None:
         """Return what a look that begins from now on finds; None: nothing.
@@ -54,63 +56,73 @@ class Together(Generic[V]):
         Raises:
             Busy: no answer came in time.
         """
-        question = _Question[V](project, name)
-        self._asked.setdefault(project, deque()).append(question)
+        answer: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
+        self._asked.setdefault(project, {}).setdefault(name, []).append(answer)
         if self._asking is None:
             # In a context of its own: it works for others too, whose logs it must not mix up.
             self._asking = asyncio.create_task(self._ask(), context=Context())
         try:
-            async with asyncio.timeout(self._wait_s):
-                return await question.answer
-        except TimeoutError:
-            raise Busy(f"too many {self._what} at once; send the request again") from None
+            await asyncio.wait({answer}, timeout=self._wait_s)
+            if not answer.done():
+                raise Busy(f"no answer within {self._wait_s:g} s; send the request again")
+            return answer.result()
+        finally:
+            answer.cancel()  # where it is still open, nobody waits for it any more
 
     async def _ask(self) -> None:
         try:
-            while batch := self._next():
-                names = list(dict.fromkeys(question.name for question in batch))
-                work = to_thread.run_sync(self._look, names, limiter=self._threads)
-                look = asyncio.create_task(work)
+            while self._asked:
+                # Before the questions are taken: meanwhile they may find that nobody waits.
+                if len(self._under_way) >= SIDE_BY_SIDE:
+                    await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+                    continue
+                batch = self._next()
+                if not batch:
+                    return
+                look = asyncio.create_task(self._begin(list(batch)))
                 self._under_way.add(look)
                 look.add_done_callback(self._under_way.discard)
                 look.add_done_callback(partial(_answer, batch))
                 await asyncio.wait({look}, timeout=LONG_S)
-                if len(batch) > 1:
+                if sum(map(len, batch.values())) > 1:
                     await asyncio.sleep(PAUSE_S)
         finally:
             self._asking = None
 
-    def _next(self) -> "list[_Question[V]]":
-        """Take questions, one of each project in turn, that somebody still waits for."""
-        batch: list[_Question[V]] = []
+    async def _begin(self, keys: Sequence[Key]) -> Mapping[Key, V]:
+        return await to_thread.run_sync(self._look, keys, limiter=self._threads)
+
+    def _next(self) -> dict[Key, list[asyncio.Future[V | None]]]:
+        """Take questions that somebody still waits for, one of each project in turn."""
+        batch: dict[Key, list[asyncio.Future[V | None]]] = {}
         while self._asked and len(batch) < self._at_once:
             project = next(iter(self._asked))
-            waiting = self._asked.pop(project)
-            question = waiting.popleft()
-            if waiting:
-                self._asked[project] = waiting  # at the end of the line
-            if not question.answer.done():
-                batch.append(question)
+            questions = self._asked.pop(project)
+            while questions:
+                name = next(iter(questions))
+                live = [answer for answer in questions.pop(name) if not answer.done()]
+                if live:
+                    batch[project, name] = live
+                    break
+            if questions:
+                self._asked[project] = questions  # at the end of the line
         return batch
 
 
-class _Question(Generic[V]):
-    def __init__(self, project: str, name: str) -> None:
-        self.project = project
-        self.name = name
-        self.answer: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
-
-
 def _answer(
-    batch: Sequence[_Question[V]], look: "asyncio.Task[Mapping[tuple[str, str], V]]"
+    batch: Mapping[Key, Sequence[asyncio.Future[V | None]]], look: asyncio.Task[Mapping[Key, V]]
 ) -> None:
-    """Tell each who asked and still waits what the look found, or what went wrong with it."""
-    for question in batch:
-        if question.answer.done():
-            continue
-        if look.cancelled():
-            question.answer.cancel()
-        elif error := look.exception():
-            question.answer.set_exception(error)
-        else:
-            question.answer.set_result(look.result().get((question.project, question.name)))
+    """Tell all who still wait what the look found, or what went wrong with it."""
+    error = Busy("the server is ending") if look.cancelled() else look.exception()
+    heard = False
+    for key, answers in batch.items():
+        for answer in answers:
+            if answer.done():
+                continue
+            heard = True
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(look.result().get(key))
+    if error is not None and not heard:
+        log.warning("a look that nobody waited for any more: %s", error)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from datetime import datetime
-from functools import cache
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine
 
+from api.views import JobView
 from core.artifacts.store import Blob
 from core.db.models import Artifact, Upload
 from core.db.session import glancing, insert_new, reading, transaction
@@ -144,19 +145,21 @@ def shown(engine: Engine, job_id: str, now: Now) -> JobStatus:
     """The status as a look at this one job shows it; a glance at it says the same or nothing."""
     at = now()
     with reading(engine) as session:
-        ahead = cache(Outlook(session, now=at, fairness=RULES.fairness).ahead)
         job = service.get(session, job_id)
+        ahead = partial(Outlook(session, now=at, fairness=RULES.fairness).ahead, job)
         told = status.describe_one(session, job, now=at, ahead=ahead)
-        again = status.look(session.connection(), [job_id], now=at, ahead=lambda _: ahead(job))
-    assert [one for _, one in again] == [told]
-    assert glance(engine, job_id, at) in (None, told)
+        view = JobView.of(job, told)
+        [seen] = status.glance(session.connection(), [job_id])
+        glanced = seen.status(now=at)
+        assert glanced is None or JobView.of(seen.job, glanced) == view
+    assert glance(engine, job_id, at) == glanced
     return told
 
 
 def glance(engine: Engine, job_id: str, at: datetime) -> JobStatus | None:
     with glancing(engine) as connection:
-        found = [told for _, told in status.look(connection, [job_id], now=at)]
-    return found[0] if found else None
+        found = status.glance(connection, [job_id])
+    return found[0].status(now=at) if found else None
 
 
 def some_file(sha256: str = "a" * 64, *, name: str = "text", role: str = "artifact") -> Stored:

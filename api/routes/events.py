@@ -176,7 +176,7 @@ async def follow(
 async def _look_again(ctx: Context, by: Principal, job_id: str, last: Look, after: int) -> Look:
     look = partial(look_at, ctx, by, job_id, after=after)
     try:
-        return await ctx.streams.run(look, project=by.project_id)
+        return await ctx.looks.places.run(look, project=by.project_id)
     except Busy:
         return replace(last, events=[])  # nothing new for now; the reader need not know
 

@@ -7,16 +7,17 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     DateTime,
+    Dialect,
     ForeignKey,
     Index,
+    Integer,
     MetaData,
     TypeDecorator,
     UniqueConstraint,
     text,
 )
-from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import Integer
 
 BigId = BigInteger().with_variant(Integer, "sqlite")
 """SQLite numbers rows by itself only for INTEGER."""
@@ -169,7 +170,7 @@ class Job(Base):
         ),
     )
 
-    @property
+    @hybrid_property
     def priority(self) -> int:
         """From 0 to 100, the highest first."""
         return 100 - self.rank

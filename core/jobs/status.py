@@ -30,8 +30,6 @@ QUEUED_WORDS = "in the queue"
 MAY_RUN = (JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
 JobRow = Any
 """A row with all that a Job has; an object of a session would cost as much as the query."""
-Foretell = Callable[[Job], Ahead]
-"""Tells what a job has before it; asked only of one that may have to wait."""
 _NO_TEXT, _NO_NUMBER = cast(null(), String()), cast(null(), Float())
 
 
@@ -81,7 +79,7 @@ _MANY: Any = _facts_of(lambda job_id: job_id.in_(bindparam("ids", expanding=True
 """For a page of jobs, the outputs that were made last at the end."""
 _OF_SOME = _facts_of(lambda job_id: job_id.in_(bindparam("ids", expanding=True))).subquery()
 _SOME: Any = (
-    select(*inspect(Job).columns, (100 - Job.rank).label("priority"), *_OF_SOME.c)
+    select(*inspect(Job).columns, Job.priority.label("priority"), *_OF_SOME.c)
     .outerjoin(_OF_SOME, _OF_SOME.c.of_job == Job.id)
     .where(Job.id.in_(bindparam("ids", expanding=True)))
     .order_by(_OF_SOME.c.made_by)
@@ -144,49 +142,52 @@ def describe(session: Session, jobs: Sequence[Job], *, now: datetime) -> list[Jo
     return [_status(job, facts[job.id], upstream.get(job.id), now=now) for job in jobs]
 
 
-def describe_one(session: Session, job: Job, *, now: datetime, ahead: Foretell) -> JobStatus:
-    """Return a job's status with its place in the queue, why it waits and its probable start."""
-    return _whole(job, _facts(session, [job])[job.id], now=now, ahead=ahead)
-
-
-def look(
-    connection: Connection, job_ids: Sequence[str], *, now: datetime, ahead: Foretell | None = None
-) -> list[tuple[JobRow, JobStatus]]:
-    """Return jobs and their statuses; what is no job is left out.
-
-    Without ``ahead`` by one statement, which tells all of most jobs: what may have to wait is left
-    out too.
-    """
-    jobs: dict[str, tuple[JobRow, _Facts]] = {}
-    for row in connection.execute(_SOME, {"ids": list(job_ids)}):
-        _, facts = jobs.setdefault(row.id, (row, _Facts()))
-        if row.of_job is not None:
-            facts.take(row)
-    return [
-        (job, _whole(job, facts, now=now, ahead=ahead))
-        for job, facts in jobs.values()
-        if ahead or not _may_wait(job, facts)
-    ]
-
-
-def _whole(job: Job, facts: _Facts, *, now: datetime, ahead: Foretell | None) -> JobStatus:
-    status = _status(job, facts, None, now=now)
-    if ahead is None or not _may_wait(job, facts):
-        return status
-    found = ahead(job)
+def describe_one(
+    session: Session, job: Job, *, now: datetime, ahead: Callable[[], Ahead]
+) -> JobStatus:
+    """Return a job's status; ``ahead`` tells what it has before it, where it may have to wait."""
+    facts = _facts(session, [job])[job.id]
+    told = _status(job, facts, None, now=now)
+    if not _may_wait(job, facts):
+        return told
+    found = ahead()
     return replace(
-        status,
+        told,
         queue_position=found.place,
         waits_for=found.why,
         predicted_start_at=found.starts_at,
     )
 
 
-def _may_wait(job: Job, facts: _Facts) -> bool:
+@dataclass(frozen=True)
+class Seen:
+    """A job at a glance."""
+
+    job: JobRow
+    facts: _Facts = field(default_factory=_Facts)
+
+    def status(self, *, now: datetime) -> JobStatus | None:
+        """Return how it stands; None where it may have to wait: that takes more to tell."""
+        if _may_wait(self.job, self.facts):
+            return None
+        return _status(self.job, self.facts, None, now=now)
+
+
+def glance(connection: Connection, job_ids: Sequence[str]) -> Sequence[Seen]:
+    """Find jobs, of any project, by one statement; what is no job is left out."""
+    found: dict[str, Seen] = {}
+    for row in connection.execute(_SOME, {"ids": job_ids}):
+        seen = found.setdefault(row.id, Seen(row))
+        if row.of_job is not None:
+            seen.facts.take(row)
+    return list(found.values())
+
+
+def _may_wait(job: Job | JobRow, facts: _Facts) -> bool:
     return job.state not in TERMINAL and facts.part is None
 
 
-def _status(job: Job, facts: _Facts, upstream: str | None, *, now: datetime) -> JobStatus:
+def _status(job: Job | JobRow, facts: _Facts, upstream: str | None, *, now: datetime) -> JobStatus:
     words = {JobState.QUEUED: QUEUED_WORDS, JobState.PAUSED: waiting.PAUSED_WORDS}
     return JobStatus(
         progress=_progress(job, facts.part or 0.0, now=now),
@@ -208,7 +209,7 @@ def _facts(session: Session, jobs: Sequence[Job]) -> dict[str, _Facts]:
     return facts
 
 
-def _progress(job: Job, part: float, *, now: datetime) -> Progress:
+def _progress(job: Job | JobRow, part: float, *, now: datetime) -> Progress:
     if job.chunks is None:
         return Progress(0.0, None, 0.0, None, None, None)
     done = job.chunks_over + part

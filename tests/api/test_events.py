@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api.deps import Lane
+from api.lanes import Lane
+from api.looks import Looks
 from api.principals import Proof
+from api.problems import Busy
 from api.routes.events import follow, look_at
+from api.routes.jobs import get
 from tests.api.conftest import ECHO, context_of, runner_of
 
 STREAM = {"Accept": "text/event-stream"}
@@ -146,20 +149,24 @@ def test_silent_stream_sends_heartbeats_until_the_server_stops(alone: TestClient
     assert heard[1:] == [": still here\n\n"] * 2
 
 
-def test_where_all_looks_are_taken_streams_live_on(
+def test_where_all_looks_are_taken_polls_are_told_so_and_streams_live_on(
     alone: TestClient,
 ) -> None:
     job_id = alone.post("/v1/jobs", json=ECHO).json()["id"]
-    context = replace(context_of(alone), streams=Lane("event streams", 1, wait_s=0.01))
+    context = context_of(alone)
     by = context.principals.find(Proof())
-    go_on = threading.Event()
+    places, go_on = Lane("looks at jobs", 1, wait_s=0.01), threading.Event()
+    looks = Looks(
+        engine=context.engine, clock=context.clock, fairness=context.fairness, places=places
+    )
+    context = replace(context, looks=looks)
 
     async def crowd() -> list[str]:
-        heard, held = (
-            [],
-            asyncio.ensure_future(context.streams.run(lambda: go_on.wait(30), project="other")),
-        )
+        heard = []
+        held = asyncio.ensure_future(places.run(lambda: go_on.wait(30), project="other"))
         await asyncio.sleep(0.05)
+        with pytest.raises(Busy, match="looks at jobs"):
+            await get(job_id, context, by)
         first = look_at(context, by, job_id, after=0)
         async for text in follow(context, by, job_id, first, 0, heartbeat_s=0.1):
             heard.append(text)

@@ -216,11 +216,13 @@ def test_what_another_project_has_costs_what_nothing_costs(two: Two) -> None:
     two.server.get("/v1/me", headers=two.other)  # the key is known from here on
     engine = context_of(two.server).engine
     job, sha256 = two.ids["job_id"], two.ids["sha256"]
+    waits = two.server.post("/v1/jobs", json=ECHO, headers=two.mine).json()["id"]
     nothing = "job_" + "0" * 26
     spec = {"kind": "fit_federated"}
     asked: list[tuple[str, str, str, Any]] = [
         ("GET", f"/v1/artifacts/{sha256}", f"/v1/artifacts/{'0' * 64}", None),
         ("GET", f"/v1/jobs/{job}", f"/v1/jobs/{nothing}", None),
+        ("GET", f"/v1/jobs/{waits}", f"/v1/jobs/{nothing}", None),
         ("POST", f"/v1/jobs/{job}/cancel", f"/v1/jobs/{nothing}/cancel", None),
     ]
     for method, foreign, absent, body in asked:

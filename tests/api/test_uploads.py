@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from api.deps import Lane
+from api.lanes import Lane
 from api.problems import Busy
 from core.errors import DataInvalid
 from tests.api.conftest import (

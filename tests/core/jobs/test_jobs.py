@@ -89,8 +89,8 @@ def test_a_glance_tells_of_jobs_that_do_not_wait(engine: Engine, clock: Clock) -
     assert glance(engine, "job_none", clock()) is None
 
 
-def _look(session: Session, *, job_id: str, now: datetime) -> object:
-    return status.look(session.connection(), [job_id], now=now)
+def _glance(session: Session, *, job_id: str) -> object:
+    return status.glance(session.connection(), [job_id])
 
 
 @pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -115,7 +115,7 @@ def test_a_look_at_a_job_of_which_nothing_runs_reads_none_of_its_chunks(
                 control.cancel(session, job_id, project=PROJECT, now=clock())
         with reading(engine) as session:
             job = service.get(session, job_id)
-        glances = partial(_look, job_id=job_id, now=clock())
+        glances = partial(_glance, job_id=job_id)
         pages = partial(status.describe, jobs=[job], now=clock())
         steps.append([steps_of(glances), steps_of(pages)])
 
