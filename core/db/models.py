@@ -154,10 +154,7 @@ class Job(Base):
         Index(None, "project_id", "name", "created_at", "id"),
         Index(
             "ix_jobs_queue",
-            "project_id",
-            "rank",
-            "created_at",
-            "id",
+            *("project_id", "rank", "created_at", "id"),
             **_only("state IN ('queued', 'running')"),
         ),
         Index("ix_jobs_deadline", "deadline_at", **_only(_DUE)),
