@@ -73,6 +73,8 @@ class Glance:
 
     shown: str | None
     """As JSON; None where the job is to be looked at alone."""
+    last_event: int
+    """Its number; 0 where there is none."""
 
 
 class Looks:
@@ -104,11 +106,28 @@ class Looks:
             NotFound: no such job in the project.
             Busy: no answer, or no place, came in time.
         """
+        glance = await self.glance(job_id, project=project)
+        return glance.shown or await self.alone(job_id, project=project)
+
+    async def glance(self, job_id: str, *, project: str) -> Glance:
+        """Return what is told of a job together with others.
+
+        Raises:
+            NotFound: no such job in the project.
+            Busy: no answer came in time.
+        """
         glance = await self._glances.tell(project, job_id)
         if glance is None:
             raise NotFound(f"no job {job_id}")
-        if glance.shown is not None:
-            return glance.shown
+        return glance
+
+    async def alone(self, job_id: str, *, project: str) -> str:
+        """Return a job as `at` does, also what it waits for.
+
+        Raises:
+            NotFound: no such job in the project.
+            Busy: no place came in time.
+        """
         return await self.places.run(partial(self._look, job_id, project), project=project)
 
     def status_of(self, session: Session, job: Job) -> JobStatus:
@@ -135,8 +154,9 @@ class Looks:
 def _shown(seen: Seen, *, now: datetime) -> Glance:
     try:
         told = seen.status(now=now)
-        return Glance(None if told is None else JobView.of(seen.job, told).model_dump_json())
+        shown = None if told is None else JobView.of(seen.job, told).model_dump_json()
+        return Glance(shown, seen.last_event)
     except Exception:
         # It must not spoil the answers of the others; alone, it fails for who asks for it.
         log.warning("a job that cannot be shown: %s", seen.job.id, exc_info=True)
-        return Glance(None)
+        return Glance(None, seen.last_event)

@@ -136,9 +136,12 @@ class Principals:
         Raises:
             Unauthorized: its key was revoked or is over.
         """
-        name = f"actor {principal.actor}"
-        if self._remembered(name) is None:
-            self._remember(name, self._by_actor(principal.actor))
+        if not self.knows(principal):
+            self._remember(_name_of(principal), self._by_actor(principal.actor))
+
+    def knows(self, principal: Principal) -> bool:
+        """Whether a principal may go on, as far as is remembered; asks no database."""
+        return self._remembered(_name_of(principal)) is not None
 
     def _remembered(self, name: str) -> Principal | None:
         with self._lock:
@@ -193,6 +196,10 @@ class Principals:
             with_key = self._settings.api_key.get_secret_value()
         text = "\0".join(("dashboard", actor, until, with_key))
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _name_of(principal: Principal) -> str:
+    return f"actor {principal.actor}"
 
 
 def _same(given: str, secret: object) -> bool:

@@ -15,16 +15,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from api.deps import PROBLEMS, Context, Ctx, Reader
 from api.problems import Busy
 from api.routes.jobs import JobIdPath
-from api.views import EventPage, EventView, ProgressView
+from api.views import EventPage, EventView
 from core.errors import Unauthorized
 from core.jobs import service
 from core.jobs.events import TERMINAL_EVENTS, last_id, list_events
 from core.jobs.keys import Principal
 from core.jobs.states import JobState
-from core.jobs.status import JobStatus
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=PROBLEMS)
 POLL_S = 0.4
+STILL_S = 2.0
+"""Why a job waits changes with the others' jobs, and takes long to find out."""
 HEARTBEAT_S = 15.0
 BATCH = 500
 STANDING_STILL = frozenset({JobState.WAITING, JobState.QUEUED, JobState.PAUSED})
@@ -71,7 +72,7 @@ async def events(
         return await run_in_threadpool(_page, ctx, by, job_id, after=after, limit=limit)
     asked = max(after, _resume_at(last_event_id))
     start = await run_in_threadpool(_known, ctx, by, job_id, asked) if asked else 0
-    first = await run_in_threadpool(look_at, ctx, by, job_id, after=start)
+    first = await look_at(ctx, by, job_id, after=start)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     stream = follow(ctx, by, job_id, first, start, reset=start < asked)
     return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
@@ -107,31 +108,49 @@ class Look:
     progress: str
     over: bool
     """The job is final and these are its last events."""
+    at: float
+    """Of the monotonic clock: when the progress was read."""
 
 
-def look_at(ctx: Context, by: Principal, job_id: str, *, after: int) -> Look:
-    """Read what is new of a job, on one snapshot.
+async def look_at(
+    ctx: Context, by: Principal, job_id: str, *, after: int, last: Look | None = None
+) -> Look:
+    """Read what is new of a job since ``last``; where nothing is, at the cost of a shared glance.
 
     Raises:
         Unauthorized: the key of who asks was revoked meanwhile.
+        Busy: no answer, or no place, came in time.
     """
-    ctx.principals.again(by)
-    with ctx.reading() as session:
-        job = service.get(session, job_id, project=by.project_id)
-        found = list_events(session, job_id, after=after, limit=BATCH)
-        told = ctx.looks.status_of(session, job)
-    ended = job.finished_at is not None or any(event.type in TERMINAL_EVENTS for event in found)
-    return Look(
-        events=[EventView.of(event) for event in found],
-        progress=_progress(told, JobState(job.state)),
-        over=ended and len(found) < BATCH,
-    )
+    if not ctx.principals.knows(by):
+        again = partial(ctx.principals.again, by)
+        await ctx.looks.places.run(again, project=by.project_id)
+    glance = await ctx.looks.glance(job_id, project=by.project_id)
+    news, now = glance.last_event > after, time.monotonic()
+    if glance.shown is None and not news and last is not None and now - last.at < STILL_S:
+        return replace(last, events=[])
+    shown = glance.shown or await ctx.looks.alone(job_id, project=by.project_id)
+    job = json.loads(shown)
+    found = await _later(ctx, by, job_id, after) if news or job["finished_at"] else []
+    if not job["finished_at"] and any(event.type in TERMINAL_EVENTS for event in found):
+        # It ended since it was shown, and its last progress is told before its last event.
+        job = json.loads(await ctx.looks.at(job_id, project=by.project_id))
+    over = job["finished_at"] is not None and len(found) < BATCH
+    return Look(events=found, progress=_progress(job), over=over, at=now)
 
 
-def _progress(told: JobStatus, state: JobState) -> str:
-    facts = ProgressView.model_validate(told.progress).model_dump(mode="json")
-    if state in STANDING_STILL and told.waits_for:
-        facts["waits_for"] = told.waits_for
+async def _later(ctx: Context, by: Principal, job_id: str, after: int) -> list[EventView]:
+    def read() -> list[EventView]:
+        with ctx.reading() as session:
+            found = list_events(session, job_id, after=after, limit=BATCH)
+            return [EventView.of(event) for event in found]
+
+    return await ctx.looks.places.run(read, project=by.project_id)
+
+
+def _progress(job: dict[str, Any]) -> str:
+    facts = job["progress"]
+    if job["state"] in STANDING_STILL and job["waits_for"]:
+        facts["waits_for"] = job["waits_for"]
     return json.dumps(facts)
 
 
@@ -174,9 +193,8 @@ async def follow(
 
 
 async def _look_again(ctx: Context, by: Principal, job_id: str, last: Look, after: int) -> Look:
-    look = partial(look_at, ctx, by, job_id, after=after)
     try:
-        return await ctx.looks.places.run(look, project=by.project_id)
+        return await look_at(ctx, by, job_id, after=after, last=last)
     except Busy:
         return replace(last, events=[])  # nothing new for now; the reader need not know
 

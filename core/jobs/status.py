@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from core.db.models import Chunk, Job, JobInput, Output
+from core.db.models import Chunk, Event, Job, JobInput, Output
 from core.jobs import waiting
 from core.jobs.states import OVER_CHUNKS, RUNNING_CHUNK, TERMINAL, JobState
 from core.jobs.waiting import Ahead
@@ -78,8 +78,14 @@ _MANY: Any = _facts_of(lambda job_id: job_id.in_(bindparam("ids", expanding=True
 )
 """For a page of jobs, the outputs that were made last at the end."""
 _OF_SOME = _facts_of(lambda job_id: job_id.in_(bindparam("ids", expanding=True))).subquery()
+_LAST_EVENT = select(func.max(Event.id)).where(Event.job_id == Job.id).scalar_subquery()
 _SOME: Any = (
-    select(*inspect(Job).columns, Job.priority.label("priority"), *_OF_SOME.c)
+    select(
+        *inspect(Job).columns,
+        Job.priority.label("priority"),
+        _LAST_EVENT.label("last_event"),
+        *_OF_SOME.c,
+    )
     .outerjoin(_OF_SOME, _OF_SOME.c.of_job == Job.id)
     .where(Job.id.in_(bindparam("ids", expanding=True)))
     .order_by(_OF_SOME.c.made_by)
@@ -165,6 +171,11 @@ class Seen:
 
     job: JobRow
     facts: _Facts = field(default_factory=_Facts)
+
+    @property
+    def last_event(self) -> int:
+        """The number of the last event, 0 where nothing has happened to the job."""
+        return self.job.last_event or 0
 
     def status(self, *, now: datetime) -> JobStatus | None:
         """Return how it stands; None where it may have to wait: that takes more to tell."""

@@ -137,7 +137,7 @@ def test_silent_stream_sends_heartbeats_until_the_server_stops(alone: TestClient
     async def listen() -> list[str]:
         heard = []
         by = context.principals.find(Proof())
-        first = look_at(context, by, job_id, after=0)
+        first = await look_at(context, by, job_id, after=0)
         async for text in follow(context, by, job_id, first, 0, heartbeat_s=0.1):
             heard.append(text)
             if len(heard) == 3:
@@ -163,11 +163,11 @@ def test_where_all_looks_are_taken_polls_are_told_so_and_streams_live_on(
 
     async def crowd() -> list[str]:
         heard = []
+        first = await look_at(context, by, job_id, after=0)
         held = asyncio.ensure_future(places.run(lambda: go_on.wait(30), project="other"))
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="looks at jobs"):
             await get(job_id, context, by)
-        first = look_at(context, by, job_id, after=0)
         async for text in follow(context, by, job_id, first, 0, heartbeat_s=0.1):
             heard.append(text)
             if len(heard) == 2:

@@ -291,10 +291,10 @@ def test_stream_of_a_foreign_job_is_404_and_ends_with_its_key(two: Two, clock: C
     job = two.server.post("/v1/jobs", json=ECHO, headers=two.mine).json()["id"]
     context = context_of(two.server)
     by = context.principals.find(Proof(bearer=two.mine["Authorization"].split()[1]))
-    first = look_at(context, by, job, after=0)
 
     async def listen() -> int:
         heard = 0
+        first = await look_at(context, by, job, after=0)
         async for _ in follow(context, by, job, first, 0, heartbeat_s=0.05):
             heard += 1
             if heard == 2:

@@ -129,7 +129,7 @@ def test_the_stream_tells_why_a_job_does_not_run_and_lives_through_a_pause(desk:
 
     async def listen() -> str:
         heard = []
-        first = look_at(context, by, job, after=0)
+        first = await look_at(context, by, job, after=0)
         async for text in follow(context, by, job, first, 0):
             heard.append(text)
             if not text.startswith(":"):
