@@ -39,8 +39,9 @@ def write_pairs(path: Path, *, rows: int, dim: int, seed: int) -> Path:
     of = rng.integers(8, size=rows)
     queries = middles[of] + rng.standard_normal((rows, dim))
     turns = np.linalg.qr(np.eye(dim) + 0.3 * rng.standard_normal((8, dim, dim)))[0]
-    targets = np.einsum("nd,nde->ne", queries, turns[of])
-    targets += 0.1 * rng.standard_normal((rows, dim))
+    targets = 0.1 * rng.standard_normal((rows, dim))
+    for group, turn in enumerate(turns):  # a turn for each row would take dim times the memory
+        targets[of == group] += queries[of == group] @ turn
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, targets)]
     np.savez(
         path,

@@ -4,9 +4,10 @@ One team of two workers on one thread each; in the turns of one worker the other
 turn answers queries of its own, so none finds another's blocks; a small job first makes both warm
 (libraries loaded, teacher built). Time counts from the first start to the last end of the stage's
 chunks, from SQL. The floor is the same computation in plain processes, two at once against one:
-what the machine itself gives to a second process that shares its caches and memory. On a virtual
-machine the host takes time from two busy cores that it leaves to one: that is printed too. Turns
-are short and many, since a host's mood changes within a minute.
+what the machine itself gives to a second process that shares its caches and memory; it takes its
+turn in every round, while the team is idle, since a host's mood changes within a minute. A turn has
+so many chunks that the last one, for which the other worker has nothing to do, weighs little. On a
+virtual machine the host takes time from two busy cores that it leaves to one: that is printed too.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -106,8 +107,34 @@ def turn_of(engine: Engine, job_id: str) -> Turn:
     return Turn((end - start).total_seconds(), float(busy), workers, whole_s)
 
 
-def served(folder: Path, *, rounds: int, chunks: int, seed: int) -> list[tuple[Turn, Turn]]:
-    """Return the turns of one worker and of two, in turns."""
+@dataclass(frozen=True)
+class Round:
+    """Each of the four measured once."""
+
+    alone: Turn
+    both: Turn
+    floor: float
+    """How many times the work of one process two do."""
+
+    @property
+    def ratio(self) -> float:
+        """The figure."""
+        return self.alone.wall_s / self.both.wall_s
+
+    def row(self, number: int) -> Sequence[object]:
+        """Return it as shown."""
+        alone, both = self.alone, self.both
+        busy = both.busy_s / both.wall_s
+        shown = [number, alone.wall_s, both.wall_s, self.ratio, alone.job_s / both.job_s]
+        return [*shown, busy, both.stolen_s, self.floor]
+
+
+HEADER = ["round", "1 worker, s", "2 workers, s", "ratio", "ratio of the whole job", "busy of 2"]
+HEADER += ["stolen of 2, s", "plain processes"]
+
+
+def measured(folder: Path, *, rounds: int, chunks: int, seed: int) -> Iterator[Round]:
+    """Yield rounds, each of one worker, of two, and of plain processes."""
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(Options(workers=2)))
         engine = make_engine(team.database_url)
@@ -115,9 +142,7 @@ def served(folder: Path, *, rounds: int, chunks: int, seed: int) -> list[tuple[T
         client = stack.enter_context(team.client())
         made = model(client, folder)
         answer(client, folder, made, chunks=6, seed=seed)
-        found = []
-        for number in range(rounds):
-            first = seed + 2 * number + 1
+        for first in range(seed + 1, seed + 1 + 2 * rounds, 2):
             node = "/v1/pool/nodes/worker-2:cpu"
             ask(team.url, team.api_key, "POST", f"{node}/drain")
             alone = turn_of(engine, answer(client, folder, made, chunks=chunks, seed=first))
@@ -127,8 +152,8 @@ def served(folder: Path, *, rounds: int, chunks: int, seed: int) -> list[tuple[T
             both = replace(both, stolen_s=stolen() - before)
             if (alone.workers, both.workers) != (1, 2):
                 raise RuntimeError(f"{alone.workers} and {both.workers} workers took part")
-            found.append((alone, both))
-        return found
+            share = max(1, chunks // 4)
+            yield Round(alone, both, plain(1, 2 * share) / plain(2, share))
 
 
 def compute(repeats: int) -> float:
@@ -186,36 +211,22 @@ def plain(processes: int, repeats: int) -> float:
 def main() -> int:
     """Measure in turns and judge the median."""
     parser = options(__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each")
-    parser.add_argument("--chunks", type=int, default=12, help="of the fanned stage")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--chunks", type=int, default=24, help="of the fanned stage")
     parser.add_argument("--seed", type=int, default=0, help="of the queries")
     parser.add_argument("--compute", type=int, help="internal: the plain computation alone")
     told = parser.parse_args()
     if told.compute is not None:
         print(compute(told.compute))
         return 0
+    found = []
     with tempfile.TemporaryDirectory() as name:
-        found = served(Path(name), rounds=told.rounds, chunks=told.chunks, seed=told.seed)
-    repeats = told.chunks
-    floors = [(plain(1, repeats), plain(2, repeats // 2)) for _ in range(told.rounds)]
-    rows = [
-        (
-            n,
-            a.wall_s,
-            b.wall_s,
-            a.wall_s / b.wall_s,
-            a.job_s / b.job_s,
-            b.busy_s / b.wall_s,
-            b.stolen_s,
-            f[0] / f[1],
-        )
-        for n, ((a, b), f) in enumerate(zip(found, floors, strict=True), 1)
-    ]
-    header = ["round", "1 worker, s", "2 workers, s", "ratio", "ratio of the whole job"]
-    header += ["busy of 2", "stolen of 2, s", "plain processes"]
-    print_table(header, rows)
-    ratio = median(row[3] for row in rows)
-    floor = median(row[7] for row in rows)
+        for one in measured(Path(name), rounds=told.rounds, chunks=told.chunks, seed=told.seed):
+            found.append(one)
+            print(f"{len(found)} of {told.rounds}: {one.ratio:.3f}", file=sys.stderr, flush=True)
+    print_table(HEADER, [one.row(number) for number, one in enumerate(found, 1)])
+    ratio = median(one.ratio for one in found)
+    floor = median(one.floor for one in found)
     print(f"the machine gives two plain processes {floor:.2f} times the work of one")
     return verdict("fanout_scaling", Figure("2 workers / 1", ratio, BAR), check=told.check)
 
