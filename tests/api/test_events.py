@@ -7,15 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
+from api.deps import Context
 from api.lanes import Lane
-from api.looks import Looks
+from api.looks import Glance, Looks
 from api.principals import Proof
 from api.problems import Busy
-from api.routes.events import follow, look_at
+from api.routes.events import STILL_S, Look, follow, look_at
 from api.routes.jobs import get
-from tests.api.conftest import ECHO, context_of, runner_of
+from core.jobs.keys import Principal
+from tests import life
+from tests.api.conftest import ECHO, KEY, OPERATOR, context_of, runner_of
+from tests.conftest import Clock, statements
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -199,3 +204,70 @@ def test_a_number_that_another_server_gave_out_resets_the_stream(
     assert numbered(told) == [event["id"] for event in page]
     last = str(page[-1]["id"])
     assert "reset" not in client.get(url, headers={**STREAM, "Last-Event-ID": last}).text
+
+
+def looks(
+    context: Context, by: Principal, job_id: str, last: Look | None = None
+) -> tuple[Look, list[str]]:
+    """Look once more at a job; what that asked the database too."""
+    after = last.events[-1].id if last is not None else 0
+    with statements(context.engine) as sent:
+        found = asyncio.run(look_at(context, by, job_id, after=after, last=last))
+    return found, [one for one in sent if one != "BEGIN"]
+
+
+def test_a_stream_without_news_costs_one_statement_a_look(
+    shared: TestClient, clock: Clock, engine: Engine
+) -> None:
+    context = context_of(shared)
+    by = context.principals.find(Proof(bearer=KEY))
+    job_id = shared.post("/v1/jobs", json=ECHO, headers=OPERATOR).json()["id"]
+
+    waits, _ = looks(context, by, job_id)
+    again, sent = looks(context, by, job_id, waits)
+    assert len(sent) == 1
+    assert (list(again.events), again.progress) == ([], waits.progress)
+    _, sent = looks(context, by, job_id, replace(waits, at=waits.at - STILL_S))
+    assert len(sent) > 1, "why a job waits changes though nothing happens to it"
+
+    life.claim(engine, clock)
+    runs, _ = looks(context, by, job_id, waits)
+    assert [event.type for event in runs.events] == ["job.started"]
+    _, sent = looks(context, by, job_id, replace(runs, at=runs.at - STILL_S))
+    assert len(sent) == 1
+
+
+class Late(Looks):
+    """Tells first what was seen a while ago."""
+
+    def __init__(self, seen: Glance, context: Context) -> None:
+        super().__init__(
+            engine=context.engine,
+            clock=context.clock,
+            fairness=context.fairness,
+            places=Lane("looks at jobs", 1, wait_s=5),
+        )
+        self._seen = [seen]
+
+    async def glance(self, job_id: str, *, project: str) -> Glance:
+        if self._seen:
+            return self._seen.pop()
+        return await super().glance(job_id, project=project)
+
+
+def test_a_job_that_ends_during_a_look_tells_all_its_progress_before_its_last_event(
+    shared: TestClient, clock: Clock, engine: Engine
+) -> None:
+    context = context_of(shared)
+    by = context.principals.find(Proof(bearer=KEY))
+    job_id = shared.post("/v1/jobs", json={**ECHO, "times": 1}, headers=OPERATOR).json()["id"]
+    claimed = life.claim(engine, clock)
+    before = asyncio.run(context.looks.glance(job_id, project=by.project_id))
+    assert before.shown is not None
+    life.finish(engine, claimed, clock)
+
+    found, _ = looks(replace(context, looks=Late(before, context)), by, job_id)
+
+    assert found.over
+    assert found.events[-1].type == "job.succeeded"
+    assert json.loads(found.progress)["done"] == 1

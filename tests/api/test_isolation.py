@@ -2,14 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
 from api.principals import Proof
@@ -31,7 +29,7 @@ from tests.api.conftest import (
     upload,
 )
 from tests.api.walk import ROUTES
-from tests.conftest import Clock
+from tests.conftest import Clock, statements
 
 STREAM = {"Accept": "text/event-stream"}
 BODIES: dict[str, dict[str, Any]] = {
@@ -241,19 +239,6 @@ def test_what_another_project_has_costs_what_nothing_costs(two: Two) -> None:
             said.append(sent)
         assert said[0] == said[1], reference
         assert not any("FROM artifacts" in one for one in said[0])
-
-
-@contextmanager
-def statements(engine: Engine) -> Iterator[list[str]]:
-    """Collect what the server sends to its database."""
-    sent: list[str] = []
-
-    def note(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        sent.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield sent
-    event.remove(engine, "before_cursor_execute", note)
 
 
 def test_nobody_waits_for_the_lock_of_a_foreign_job(two: Two, engine: Engine) -> None:

@@ -2,14 +2,12 @@
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
@@ -27,26 +25,11 @@ from tests.api.conftest import (
     problem_of,
     serving,
 )
-from tests.conftest import Clock
+from tests.conftest import Clock, statements
 
 FIRST = "prj_default"
 ASKED = {"project": FIRST, "name": "k"}
 HTML = {"Accept": "text/html"}
-
-
-@contextmanager
-def counted(engine: Engine) -> Iterator[list[str]]:
-    """Every statement sent meanwhile."""
-    seen: list[str] = []
-
-    def note(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        seen.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
 
 
 def make(server: TestClient, **more: Any) -> dict[str, Any]:
@@ -90,7 +73,7 @@ def test_mistyped_key_is_told_without_the_database(shared: TestClient) -> None:
     key = make(shared)["key"]
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
 
-    with counted(context_of(shared).engine) as seen:
+    with statements(context_of(shared).engine) as seen:
         answer = shared.get("/v1/jobs", headers=bearer(wrong))
 
     assert "mistyped" in problem_of(answer, 401, "unauthorized")["detail"]
@@ -104,14 +87,14 @@ def test_poll_with_a_remembered_key_costs_no_query_for_the_key(
     job = shared.post("/v1/jobs", json=ECHO, headers=key).json()["id"]
     shared.get(f"/v1/jobs/{job}", headers=key)
 
-    with counted(context_of(shared).engine) as seen:
+    with statements(context_of(shared).engine) as seen:
         for _ in range(3):
             shared.get(f"/v1/jobs/{job}", headers=key)
     assert seen
     assert not [statement for statement in seen if "api_keys" in statement]
 
     clock.tick(seconds=2)
-    with counted(context_of(shared).engine) as seen:
+    with statements(context_of(shared).engine) as seen:
         shared.get(f"/v1/jobs/{job}", headers=key)
     assert len([statement for statement in seen if "api_keys" in statement]) == 1
 

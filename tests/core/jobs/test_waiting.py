@@ -1,18 +1,16 @@
 """Why a job waits, its place, and when it will start, against what claims then really do."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 import pytest
-from sqlalchemy import Engine, event, update
+from sqlalchemy import Engine, update
 
 from core.db.models import Chunk
 from core.db.session import reading, transaction
 from core.jobs import control, pool, service, status
 from core.jobs.lease import Claim
 from core.jobs.waiting import UNKNOWN_SECONDS
-from tests.conftest import Clock
+from tests.conftest import Clock, statements
 from tests.core.jobs.acts import (
     copies,
     crash,
@@ -297,19 +295,6 @@ def test_a_project_at_its_limit_is_foretold_to_wait(engine: Engine, clock: Clock
 
     assert why(engine, second, clock) == "its project runs 1 chunks at once, its limit"
     assert starts_in(engine, second, clock) == UNKNOWN_SECONDS - 10
-
-
-@contextmanager
-def statements(engine: Engine) -> Iterator[list[str]]:
-    """Collect what is sent to the database."""
-    sent: list[str] = []
-
-    def note(*args: object) -> None:
-        sent.append(str(args[2]))
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield sent
-    event.remove(engine, "before_cursor_execute", note)
 
 
 def test_a_look_at_one_job_costs_the_same_in_a_long_queue(engine: Engine, clock: Clock) -> None:
