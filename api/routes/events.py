@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +110,8 @@ class Look:
     over: bool
     """The job is final and these are its last events."""
     at: float
-    """Of the monotonic clock: when the progress was read."""
+    """Of the monotonic clock, when the progress was asked for; -inf where it is older than the
+    events."""
 
 
 async def look_at(
@@ -134,8 +136,12 @@ async def look_at(
     if not job["finished_at"] and any(event.type in TERMINAL_EVENTS for event in found):
         # It ended since it was shown, and its last progress is told before its last event.
         job = json.loads(await ctx.looks.at(job_id, project=by.project_id))
-    over = job["finished_at"] is not None and len(found) < BATCH
-    return Look(events=found, progress=_progress(job), over=over, at=now)
+    return Look(
+        events=found,
+        progress=_progress(job),
+        over=job["finished_at"] is not None and len(found) < BATCH,
+        at=-math.inf if found and found[-1].id > glance.last_event else now,
+    )
 
 
 async def _later(ctx: Context, by: Principal, job_id: str, after: int) -> list[EventView]:
@@ -172,8 +178,7 @@ async def follow(
         messages = [_message(event) for event in look.events]
         if _news(look.progress, told):
             told = look.progress
-            # Before the terminal event, which ends the stream for its reader.
-            messages.insert(max(len(messages) - 1, 0), f"event: progress\ndata: {told}\n\n")
+            messages.insert(_place_of_progress(look.events), f"event: progress\ndata: {told}\n\n")
         if messages:
             yield "".join(messages)
             spoke = time.monotonic()
@@ -197,6 +202,12 @@ async def _look_again(ctx: Context, by: Principal, job_id: str, last: Look, afte
         return await look_at(ctx, by, job_id, after=after, last=last)
     except Busy:
         return replace(last, events=[])  # nothing new for now; the reader need not know
+
+
+def _place_of_progress(events: Sequence[EventView]) -> int:
+    """Before the terminal event, which ends the stream for its reader; else before the last."""
+    ends = (place for place, event in enumerate(events) if event.type in TERMINAL_EVENTS)
+    return next(ends, max(len(events) - 1, 0))
 
 
 def _news(progress: str, told: str) -> bool:

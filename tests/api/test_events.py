@@ -15,8 +15,9 @@ from api.lanes import Lane
 from api.looks import Glance, Looks
 from api.principals import Proof
 from api.problems import Busy
-from api.routes.events import STILL_S, Look, follow, look_at
+from api.routes.events import BATCH, STILL_S, Look, follow, look_at
 from api.routes.jobs import get
+from core.jobs.events import record
 from core.jobs.keys import Principal
 from tests import life
 from tests.api.conftest import ECHO, KEY, OPERATOR, context_of, runner_of
@@ -173,6 +174,10 @@ def test_where_all_looks_are_taken_polls_are_told_so_and_streams_live_on(
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="looks at jobs"):
             await get(job_id, context, by)
+        with pytest.raises(Busy, match="looks at jobs"):
+            await look_at(context, by, job_id, after=0)
+        # So long ago that the stream wants to know anew why the job waits.
+        first = replace(first, at=first.at - STILL_S)
         async for text in follow(context, by, job_id, first, 0, heartbeat_s=0.1):
             heard.append(text)
             if len(heard) == 2:
@@ -210,7 +215,7 @@ def looks(
     context: Context, by: Principal, job_id: str, last: Look | None = None
 ) -> tuple[Look, list[str]]:
     """Look once more at a job; what that asked the database too."""
-    after = last.events[-1].id if last is not None else 0
+    after = last.events[-1].id if last is not None and last.events else 0
     with statements(context.engine) as sent:
         found = asyncio.run(look_at(context, by, job_id, after=after, last=last))
     return found, [one for one in sent if one != "BEGIN"]
@@ -224,7 +229,7 @@ def test_a_stream_without_news_costs_one_statement_a_look(
     job_id = shared.post("/v1/jobs", json=ECHO, headers=OPERATOR).json()["id"]
 
     waits, _ = looks(context, by, job_id)
-    again, sent = looks(context, by, job_id, waits)
+    again, sent = looks(context, by, job_id, replace(waits, at=time.monotonic()))
     assert len(sent) == 1
     assert (list(again.events), again.progress) == ([], waits.progress)
     _, sent = looks(context, by, job_id, replace(waits, at=waits.at - STILL_S))
@@ -271,3 +276,61 @@ def test_a_job_that_ends_during_a_look_tells_all_its_progress_before_its_last_ev
     assert found.over
     assert found.events[-1].type == "job.succeeded"
     assert json.loads(found.progress)["done"] == 1
+
+
+def test_what_happens_during_a_look_is_shown_by_the_next(
+    shared: TestClient, clock: Clock, engine: Engine
+) -> None:
+    context = context_of(shared)
+    by = context.principals.find(Proof(bearer=KEY))
+    job_id = shared.post("/v1/jobs", json=ECHO, headers=OPERATOR).json()["id"]
+    claimed = life.claim(engine, clock)
+    before = asyncio.run(context.looks.glance(job_id, project=by.project_id))
+    life.finish(engine, claimed, clock)
+
+    found, _ = looks(replace(context, looks=Late(before, context)), by, job_id)
+    assert found.events[-1].type == "chunk.done"
+    assert json.loads(found.progress)["done"] == 0
+    found, _ = looks(context, by, job_id, found)
+
+    assert not found.events
+    assert json.loads(found.progress)["done"] == 1
+
+
+def test_a_waiting_job_that_ends_during_a_look_ends_its_stream(
+    shared: TestClient, clock: Clock, engine: Engine
+) -> None:
+    context = context_of(shared)
+    by = context.principals.find(Proof(bearer=KEY))
+    job_id = shared.post("/v1/jobs", json=ECHO, headers=OPERATOR).json()["id"]
+    first, _ = looks(context, by, job_id)
+    before = asyncio.run(context.looks.glance(job_id, project=by.project_id))
+    shared.post(f"/v1/jobs/{job_id}/cancel", headers=OPERATOR)
+
+    late = replace(context, looks=Late(before, context))
+    found, _ = looks(late, by, job_id, replace(first, at=first.at - STILL_S))
+
+    assert [event.type for event in found.events] == ["job.cancelled"]
+    assert found.over
+
+
+@pytest.mark.parametrize("more", [0, BATCH - 3, BATCH - 2, BATCH + 1])
+def test_a_long_story_is_told_whole_with_its_progress_before_the_end(
+    alone: TestClient, more: int
+) -> None:
+    job_id = alone.post("/v1/jobs", json=ECHO).json()["id"]
+    with context_of(alone).transaction() as session:
+        for number in range(more):
+            record(session, job_id, "job.changed", now=context_of(alone).clock(), number=number)
+    alone.post(f"/v1/jobs/{job_id}/cancel")
+    alone.post(f"/v1/jobs/{job_id}/retry")  # is told after the end
+
+    told = parse(alone.get(f"/v1/jobs/{job_id}/events", headers=STREAM).text)
+
+    types = [event["event"] for event in told]
+    assert types[-2:] == ["job.cancelled", "job.retried"]
+    assert types.count("progress") == 1
+    assert "progress" in types[:-2]
+    ids = [int(event["id"]) for event in told if "id" in event]
+    assert ids == sorted(set(ids))
+    assert len(ids) == more + 4
