@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.distill.routing import nearest
-from core.distill.teachers._base import BlendingTeacher
+from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
 from core.specs.training import Training
@@ -45,7 +45,7 @@ class Examples:
 class TrainingData:
     """Training and validation rows of one model, and the teacher that answers made queries."""
 
-    teacher: BlendingTeacher
+    teacher: TeacherModel
     real: Examples
     """[n]: all training queries, none routed through itself or its duplicates."""
     train: Tensor
@@ -79,9 +79,9 @@ class TrainingData:
         for start in range(0, count, MADE_ROWS):
             on_block()
             block = slice(start, start + MADE_ROWS)
-            mixture = self.teacher.mixture(queries[block], exclude_rows=exclude[block])
-            mixtures.append(mixture)
-            vectors.append(self.teacher.blend(queries[block], mixture).float())
+            said = self.teacher.answers(queries[block], exclude_rows=exclude[block])
+            mixtures.append(said.mixture)
+            vectors.append(said.vectors.float())
         return Examples(
             queries=queries,
             teacher=torch.cat(vectors),
@@ -106,7 +106,7 @@ class TrainingData:
 
 
 def training_data(
-    teacher: BlendingTeacher, targets: Tensor | Array, training: Training, *, seed: int
+    teacher: TeacherModel, targets: Tensor | Array, training: Training, *, seed: int
 ) -> TrainingData:
     """Split off validation rows and find neighbours; a function of its arguments alone.
 
@@ -120,7 +120,7 @@ def training_data(
     Raises:
         DataInvalid: the targets are not one per training query, or too few queries differ.
     """
-    model, device = teacher.model, teacher.bivectors.device
+    model, device = teacher.model, teacher.device
     answers = targets if isinstance(targets, Tensor) else torch.from_numpy(targets)
     if tuple(answers.shape) != model.queries.shape:
         raise DataInvalid(

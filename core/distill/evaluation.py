@@ -14,7 +14,7 @@ from torch import Tensor
 from core.distill.retrieval import Index, row_cosines
 from core.distill.routing import own_rows
 from core.distill.students._base import StudentModule
-from core.distill.teachers._base import BlendingTeacher
+from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
 from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
@@ -132,7 +132,7 @@ def _plain(queries: Array) -> Array:
     return plain
 
 
-def baseline_maps(teacher: BlendingTeacher, *, anchor: Array | None = None) -> dict[str, Map]:
+def baseline_maps(teacher: TeacherModel, *, anchor: Array | None = None) -> dict[str, Map]:
     """Return every way of mapping queries that a student is compared to, by name.
 
     Args:
@@ -140,7 +140,7 @@ def baseline_maps(teacher: BlendingTeacher, *, anchor: Array | None = None) -> d
         anchor: [d, d], the one global rotation; the model's own anchor where absent. Give
             ``fitting.global_rotation`` of the training rows where that is the identity.
     """
-    model, device = teacher.model, teacher.bivectors.device
+    model, device = teacher.model, teacher.device
     one = torch.from_numpy(model.anchor if anchor is None else anchor).float().to(device)
     matrices = torch.from_numpy(model.scales[:, None, None] * model.rotations).float().to(device)
 
@@ -168,10 +168,10 @@ def mapped(function: Map, queries: Array, *, device: str | torch.device = "cpu")
 
 
 def baselines(
-    teacher: BlendingTeacher, queries: Array, *, anchor: Array | None = None
+    teacher: TeacherModel, queries: Array, *, anchor: Array | None = None
 ) -> dict[str, Array]:
     """Map [Q, d] queries by each of ``baseline_maps``."""
-    device = teacher.bivectors.device
+    device = teacher.device
     maps = baseline_maps(teacher, anchor=anchor)
     return {name: mapped(function, queries, device=device) for name, function in maps.items()}
 

@@ -19,7 +19,7 @@ from core.distill.choosing import STRENGTHS, TEMPERATURES, Score, choose
 from core.distill.clustering import Report, centroids, cluster, unheard
 from core.distill.retrieval import Index
 from core.distill.routing import nearest
-from core.distill.teachers.rotational import TOP_K
+from core.distill.teachers._federated import TOP_K
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.action import exp_action
 from core.rotations.logarithm import rotation_log

@@ -61,13 +61,10 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             f"pairs have {asked['dim']} dimensions, the model {model['dim']}", pointer="/pairs"
         )
     teacher = teacher_bytes(model)
+    logs = len(blocks(model["clusters"], CLUSTERS_PER_BLOCK)) if spec.teacher.needs_logs else 0
     block = float_bytes(min(BLOCK_ENTRIES, asked["rows"] * asked["dim"]))
     return [
-        Stage(
-            "bivectors",
-            len(blocks(model["clusters"], CLUSTERS_PER_BLOCK)),
-            memory_bytes=teacher,
-        ),
+        Stage("bivectors", logs, memory_bytes=teacher),
         Stage("targets", len(_blocks(spec, asked)), memory_bytes=teacher + 4 * block),
         Stage("list", 1),
     ]
@@ -97,7 +94,11 @@ def _bivectors(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 
 def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
+    from core.tensors.formats import load_pairs
+
     teacher = load_teacher(chunk, chunk.input("model").sha256, spec.teacher)
+    if spec.pairs is not None and not teacher.answers_new:
+        teacher = teacher.knowing(load_pairs(chunk.fetch(chunk.input("pairs").sha256)))
     asked = chunk.input("model" if spec.pairs is None else "pairs").meta
     start, stop = _blocks(spec, asked)[chunk.index]
     queries = _queries(spec, chunk, teacher.model.queries, start, stop)

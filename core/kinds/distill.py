@@ -13,13 +13,13 @@ from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, 
 from core.kinds._files import blocks, float_bytes, read_json, write_json
 from core.kinds._teacher import ROWS_PER_BLOCK, load_teacher, target_block, teacher_bytes
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.students import RotorProduct, Student
-from core.specs.teachers import Rotational, Teacher
+from core.specs.students import RotorProduct, Student, check_router
+from core.specs.teachers import Rotational, Teacher, parse_teacher
 from core.specs.training import Training
 
 if TYPE_CHECKING:
     from core.distill.curriculum import TrainingData
-    from core.distill.teachers._base import BlendingTeacher
+    from core.distill.teachers._base import TeacherModel
     from core.tensors.shards import Array
 
 
@@ -41,8 +41,11 @@ class Spec(JobSpec):
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Targets where none are given, the chain of epochs, the export."""
     spec.student.check_width(inputs["model"].meta["dim"])
+    told = spec.teacher or Rotational()
     if "targets" in inputs:
         _check_targets(spec, inputs["targets"].meta, inputs["model"].sha256)
+        told = parse_teacher(inputs["targets"].meta["teacher"])
+    check_router(spec.student, told)
     model = inputs["model"].meta
     rows = model["rows"]
     # The teacher; queries and targets with their mixtures and a batch's work.
@@ -88,11 +91,12 @@ def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 def _teacher_spec(spec: Spec, chunk: Chunk) -> Teacher:
     if spec.targets is not None:
-        return Rotational.model_validate(chunk.input("targets").meta["teacher"])
+        made: Teacher = parse_teacher(chunk.input("targets").meta["teacher"])
+        return made
     return spec.teacher or Rotational()
 
 
-def _teacher(spec: Spec, chunk: Chunk) -> BlendingTeacher:
+def _teacher(spec: Spec, chunk: Chunk) -> TeacherModel:
     return load_teacher(chunk, chunk.input("model").sha256, _teacher_spec(spec, chunk))
 
 
@@ -121,7 +125,7 @@ _kept: dict[str, TrainingData] = {}
 """The training data of the last job, for its next chunk: a function of the job's spec."""
 
 
-def _training_data(spec: Spec, chunk: Chunk, teacher: BlendingTeacher) -> TrainingData:
+def _training_data(spec: Spec, chunk: Chunk, teacher: TeacherModel) -> TrainingData:
     from core.distill.curriculum import training_data
 
     if chunk.job_id not in _kept:

@@ -12,10 +12,10 @@ from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, 
 from core.kinds._files import blocks, float_bytes, read_json, write_json
 from core.kinds._teacher import load_teacher, teacher_bytes
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.teachers import Rotational, Teacher
+from core.specs.teachers import Rotational, Teacher, parse_teacher
 
 if TYPE_CHECKING:
-    from core.distill.teachers._base import BlendingTeacher
+    from core.distill.teachers._base import TeacherModel
     from core.tensors.formats import Pairs
     from core.tensors.shards import Array
 
@@ -84,11 +84,12 @@ def _pairs(chunk: Chunk) -> Pairs:
     return load_pairs(chunk.fetch(chunk.input("pairs").sha256))
 
 
-def _teacher(spec: Spec, chunk: Chunk) -> BlendingTeacher:
+def _teacher(spec: Spec, chunk: Chunk) -> TeacherModel:
     told = spec.teacher
     if told is None and spec.student is not None:
-        told = Rotational.model_validate(chunk.input("student").meta["teacher"])
-    return load_teacher(chunk, chunk.input("model").sha256, told or Rotational())
+        told = parse_teacher(chunk.input("student").meta["teacher"])
+    teacher = load_teacher(chunk, chunk.input("model").sha256, told or Rotational())
+    return teacher if teacher.answers_new else teacher.knowing(_pairs(chunk))
 
 
 def _choose(spec: Spec, chunk: Chunk) -> ChunkResult:
@@ -136,7 +137,7 @@ def _map(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(checkpoints={"vectors": Produced(path, "vectors", path.name)})
 
 
-def _global_rotation(teacher: BlendingTeacher) -> Array:
+def _global_rotation(teacher: TeacherModel) -> Array:
     """The one rotation a student must beat: the model's anchor, or fitted where it has none."""
     from core.distill.fitting import global_rotation
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.base import Closed
+from core.specs.teachers import Weighing
 
 ROUTER_HIDDEN = 256
 """Width of a learnt router that is told none."""
@@ -80,6 +81,16 @@ class RotorProduct(Closed):
         """Every width from 2 fits: it has dim // 2 planes, and all are kept where fewer."""
         if dim < 2:
             raise SpecInvalid(f"width {dim} has no plane to rotate in; allowed: 2 and more")
+
+
+def check_router(student: Closed, teacher: Weighing) -> None:
+    """Raise SpecInvalid where a student copies a routing that the teacher does not have."""
+    if getattr(student, "router", None) == "exact" and teacher.routes_over != "queries":
+        raise SpecInvalid(
+            f"student.router 'exact' copies a routing over training queries; this teacher routes "
+            f"over {teacher.routes_over}, allowed for it: 'learnt'",
+            pointer="/student/router",
+        )
 
 
 Student = Annotated[Canonical | RotorProduct, Field(discriminator="name")]

@@ -1,19 +1,39 @@
 """What a teacher may be told. One class per file in core/distill/teachers."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from core.specs.base import Closed
 
 FLOAT32_TOLERANCE = 1e-6
 """What float32 holds; below it a tolerance would be a promise that rounding breaks."""
+Compat = Literal["legacy"] | None
 
 
-class Rotational(Closed):
-    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+class Weighing(Closed):
+    """What every teacher may be told that weighs the clusters of a federated model."""
 
-    name: Literal["rotational"] = "rotational"
+    routes_over: ClassVar[Literal["queries", "sources", "centroids"]] = "queries"
+    """What a query is compared with: a student's exact router copies ``queries`` alone."""
+    answers_new: ClassVar[bool] = True
+    """Whether it answers queries that nobody stored: made ones, held-out ones."""
+    needs_logs: ClassVar[bool] = False
+    """Whether every answer needs the logarithms; others compute them if a student asks."""
+
+    temperature: float | None = Field(
+        None, gt=0, le=100, description="Of the routing softmax; null takes the model's own."
+    )
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def whole_logs(self) -> bool:
+        """Whether log W is blended, not log(G^T W) after G."""
+        return False
+
+
+class Routing(Weighing):
+    """What every teacher may be told that routes over training queries."""
+
     top_k: int | None = Field(
         None,
         ge=1,
@@ -21,18 +41,18 @@ class Rotational(Closed):
         description="Training queries a query routes through; null takes the model's own "
         "(10 where it has none).",
     )
-    temperature: float | None = Field(
-        None, gt=0, le=100, description="Of the routing softmax; null takes the model's own."
-    )
+
+
+class Exponential(Routing):
+    """What every teacher may be told that rotates by the exponential of a blend."""
+
+    needs_logs = True
+
     tolerance: float = Field(
         1e-6,
         ge=1e-13,
         le=1e-2,
         description="Absolute error allowed per unit-length target; with float32 at least 1e-6.",
-    )
-    dtype: Literal["float32", "float64"] = "float32"
-    compat: Literal["legacy"] | None = Field(
-        None, description="'legacy' blends log W as document 000 does, not log(G^T W) after G."
     )
 
     @model_validator(mode="after")
@@ -45,4 +65,71 @@ class Rotational(Closed):
         return self
 
 
-Teacher = Rotational
+class Rotational(Exponential):
+    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+
+    name: Literal["rotational"] = "rotational"
+    compat: Compat = Field(
+        None, description="'legacy' blends log W as document 000 does, not log(G^T W) after G."
+    )
+
+    def whole_logs(self) -> bool:
+        """Whether log W is blended, as document 000 does."""
+        return self.compat == "legacy"
+
+
+class MultiSource(Exponential):
+    """Rotational over several federated models at once, each with its own clusters and routing.
+
+    The model comes from ``combine_models``; over any other it has one source and is ``rotational``.
+    """
+
+    routes_over = "sources"
+    name: Literal["multi_source"] = "multi_source"
+    source_weights: Literal["similarity", "equal"] = Field(
+        "similarity",
+        description="What a source weighs: a softmax over how near its nearest training query "
+        "is, at the sources' mean temperature, or all the same.",
+    )
+
+
+class Direct(Routing):
+    """Blend the clusters' maps themselves: ``sum_c w_c q W_c``; no logarithm, no exponential."""
+
+    name: Literal["direct"] = "direct"
+    blend: Literal["top_k", "top1"] = Field(
+        "top_k", description="All clusters routed to, by weight, or the heaviest alone."
+    )
+    compat: Compat = Field(
+        None,
+        description="'legacy' leaves the sum as short as rotations that disagree make it; "
+        "otherwise the answer has the query's length.",
+    )
+
+
+class WeightedBaseline(Weighing):
+    """Blend all clusters' maps by how near the query is to each centroid: the plainest blend."""
+
+    routes_over = "centroids"
+    name: Literal["weighted_baseline"] = "weighted_baseline"
+    compat: Compat = Field(
+        None, description="'legacy' leaves the sum as short as it comes, as for 'direct'."
+    )
+
+
+class Paired(Routing):
+    """Answer a stored query by its own stored target; nothing is computed."""
+
+    answers_new = False
+    name: Literal["paired"] = "paired"
+
+
+Teacher = Annotated[
+    Rotational | Direct | WeightedBaseline | Paired | MultiSource, Field(discriminator="name")
+]
+_TEACHER: TypeAdapter[Any] = TypeAdapter(Teacher)
+
+
+def parse_teacher(stored: Any) -> Any:
+    """Return the spec of a teacher from its stored JSON values."""
+    return _TEACHER.validate_python(stored)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.distill.graph import Graph
-from core.distill.teachers._base import BlendingTeacher
+from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
 from core.registry import scan
 from core.specs.base import Closed
@@ -68,7 +68,7 @@ class Student:
     """A plugin: what may be said about it, how it is made and how it comes back."""
 
     spec: type[Closed]
-    build: Callable[[Any, BlendingTeacher, int], StudentModule]
+    build: Callable[[Any, TeacherModel, int], StudentModule]
     """(spec, teacher, seed) -> an untrained student on the CPU, initialised from the teacher."""
     restore: Callable[[Mapping[str, Any]], StudentModule]
     """config -> a student whose state is then loaded."""
@@ -79,7 +79,7 @@ def students() -> Mapping[str, Student]:
     return scan("core.distill.students", "STUDENT", Student)
 
 
-def build_student(spec: Any, teacher: BlendingTeacher, seed: int) -> StudentModule:
+def build_student(spec: Any, teacher: TeacherModel, seed: int) -> StudentModule:
     """Build the student a spec names; draws from ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from core.distill.graph import Graph
 from core.distill.routing import nearest
-from core.distill.teachers._base import BlendingTeacher
+from core.distill.teachers._base import TeacherModel
+from core.errors import SpecInvalid
 
 START_SHARPNESS = 10.0
 """Inverse temperature over the centroids that an untrained learnt router starts from."""
@@ -36,13 +37,19 @@ class ExactRouter(nn.Module):
         self.register_buffer("cluster_of", torch.zeros(rows, dtype=torch.int64))
 
     @classmethod
-    def of(cls, teacher: BlendingTeacher) -> ExactRouter:
+    def of(cls, teacher: TeacherModel) -> ExactRouter:
         """Copy the teacher's training queries."""
+        if teacher.routes_over != "queries":
+            raise SpecInvalid(
+                f"student.router 'exact' copies a routing over training queries; this teacher "
+                f"routes over {teacher.routes_over}: allowed for it: 'learnt'",
+                pointer="/student/router",
+            )
         rows, dim = teacher.model.queries.shape
         router = cls(
             dim=dim,
             rows=rows,
-            clusters=len(teacher.bivectors),
+            clusters=len(teacher.model.rotations),
             top_k=teacher.top_k,
             temperature=teacher.temperature,
         )
@@ -89,7 +96,7 @@ class LearntRouter(nn.Module):
         self.down = nn.Linear(hidden, clusters, bias=False)
 
     @classmethod
-    def of(cls, teacher: BlendingTeacher, *, hidden: int, seed: int) -> LearntRouter:
+    def of(cls, teacher: TeacherModel, *, hidden: int, seed: int) -> LearntRouter:
         """Start from the clusters' centroids; the hidden layer adds nothing yet."""
         clusters, dim = teacher.model.centroids.shape
         router = cls(dim=dim, hidden=hidden, clusters=clusters)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule
-from core.distill.teachers._base import BlendingTeacher
+from core.distill.teachers._base import TeacherModel
 from core.specs.students import Canonical
 
 RADIANS = 1.0
@@ -107,7 +107,7 @@ class CanonicalStudent(StudentModule):
         return queries
 
 
-def build(spec: Canonical, teacher: BlendingTeacher, seed: int) -> CanonicalStudent:
+def build(spec: Canonical, teacher: TeacherModel, seed: int) -> CanonicalStudent:
     """Start near the identity, as document 000 does: nothing is taken from the teacher."""
     del seed  # the caller seeded torch with it
     return CanonicalStudent(

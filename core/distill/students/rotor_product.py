@@ -14,7 +14,7 @@ from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule, keep_length
 from core.distill.students._routers import ExactRouter, LearntRouter
 from core.distill.students._strang import strang_product
-from core.distill.teachers._base import BlendingTeacher
+from core.distill.teachers._base import TeacherModel
 from core.errors import SpecInvalid
 from core.rotations.planes import PlaneFactors, plane_factors
 from core.specs.students import ROUTER_HIDDEN, RotorProduct
@@ -166,7 +166,7 @@ def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:
     )
 
 
-def build(spec: RotorProduct, teacher: BlendingTeacher, seed: int) -> RotorProductStudent:
+def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductStudent:
     """Take G and the planes from the teacher, and its routing where that is exact."""
     clusters, dim, _ = teacher.bivectors.shape
     planes = dim // 2 if spec.planes is None else min(spec.planes, dim // 2)

@@ -80,15 +80,15 @@ class World:
     def path(self, job_id: str, name: str) -> Path:
         return self.store.path(self.status(job_id).artifacts[name])
 
-    def files(self) -> dict[tuple[str, str, int, str], str]:
-        """Everything stored, by kind, stage, chunk and name."""
+    def files(self) -> dict[tuple[str, str, str, int, str], str]:
+        """Everything stored, by kind and name of the job, stage, chunk and name."""
         with reading(self.engine) as session:
             query = (
-                select(Job.kind, Chunk.stage, Chunk.index, Output.name, Output.sha256)
+                select(Job.kind, Job.name, Chunk.stage, Chunk.index, Output.name, Output.sha256)
                 .join(Chunk, Chunk.id == Output.chunk_id)
                 .join(Job, Job.id == Output.job_id)
             )
-            return {(row[0], row[1], row[2], row[3]): row[4] for row in session.execute(query)}
+            return {tuple(row[:5]): row[5] for row in session.execute(query)}
 
     def chain(self, pairs: str, **student: Any) -> dict[str, str]:
         """Every kind once, by reference, before any of it has run."""
@@ -105,8 +105,12 @@ class World:
         evaluate = self.submit(
             kind="evaluate", pairs=pairs, model=model, student=f"{distill}/student"
         )
+        other = self.submit(
+            kind="fit_federated", pairs=pairs, clustering=CLUSTERING, seed=1, name="other"
+        )
+        combined = self.submit(kind="combine_models", models=[model, f"{other}/model"])
         echo = self.submit(kind="echo", text="hi", times=2)
-        jobs = (fit, cache, distill, evaluate, echo)
+        jobs = (fit, cache, distill, evaluate, combined, echo)
         return {self.job(job_id).kind: job_id for job_id in jobs}
 
 
