@@ -328,7 +328,12 @@ def test_what_cannot_work_is_refused_before_it_runs(other_world: World) -> None:
         (
             "/teacher",
             "differs",
-            {"kind": "distill", "model": model, "targets": targets, "teacher": {"top_k": 3}},
+            {
+                "kind": "distill",
+                "model": model,
+                "targets": targets,
+                "teacher": {"name": "rotational", "top_k": 3},
+            },
         ),
         ("/pairs", "20 dimensions", {"kind": "evaluate", "model": model, "pairs": wide}),
         ("/student", "format 'targets'", _evaluate(model, pairs, targets)),
