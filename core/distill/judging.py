@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +13,7 @@ from torch.nn import functional
 from core.distill import fitting
 from core.distill.curriculum import TrainingData
 from core.distill.students._base import StudentModule
+from core.distill.training import trainable
 from core.errors import DataInvalid
 from core.tensors import shards
 from core.tensors.shards import Array
@@ -29,6 +29,8 @@ class Judged:
     name: str
     parameters: int
     """k: free parameters, those taken from the teacher among them."""
+    trained: bool
+    """Whether anything of it was left to train."""
     held_in: Array
     """[t] float64 squared chords to the teacher's targets, of distinct training queries."""
     held_out: Array
@@ -79,6 +81,7 @@ def judge(
     return Judged(
         name=name,
         parameters=student.free_parameters(),
+        trained=bool(trainable(student)),
         held_in=shown.squares.cpu().numpy(),
         held_out=hidden.squares.cpu().numpy(),
         groups=data.teacher.model.cluster_of[validation.cpu().numpy()],
@@ -161,9 +164,12 @@ def effective_dim(residuals: Residuals) -> float:
 def baseline_chord(data: TrainingData) -> float:
     """Mean squared chord that one global rotation leaves on the held-in rows it is fitted to."""
     queries, targets = (
-        tensor[data.train].double().cpu().numpy()
-        for tensor in (data.real.queries, data.real.teacher)
+        tensor[data.train].cpu() for tensor in (data.real.queries, data.real.teacher)
     )
-    turned = queries @ fitting.global_rotation(queries, targets)
-    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (turned, targets)]
-    return float(np.square(units[0] - units[1]).sum(axis=1).mean())
+    turn = torch.from_numpy(fitting.global_rotation(queries.numpy(), targets.numpy()))
+    total = 0.0
+    for some, wanted in zip(queries.split(BLOCK_ROWS), targets.split(BLOCK_ROWS), strict=True):
+        one = torch.zeros(len(some), dtype=torch.int64)
+        found = Residuals.of(some.double() @ turn, wanted, one, clusters=1)
+        total += float(found.squares.sum())
+    return total / len(queries)

@@ -142,7 +142,8 @@ def select(
         groups=len(np.unique(best_fit.groups)),
         words=[],
     )
-    return replace(found, words=_words(found))
+    untrained = [each.name for each in candidates if not each.trained]
+    return replace(found, words=_words(found, untrained))
 
 
 def one_standard_error(lines: Sequence[Line]) -> int:
@@ -230,12 +231,18 @@ def _best(lines: Sequence[Line]) -> Line:
     return max(lines, key=lambda line: (line.log_score, -line.parameters))
 
 
-def _words(found: Selection) -> list[str]:
+def _words(found: Selection, untrained: Sequence[str]) -> list[str]:
+    nothing = []
+    if untrained:
+        nothing.append(
+            f"Nothing is trained of {_named(untrained)}: the teacher's own routing and planes."
+        )
     return [
         _taken(found),
         _criterion_words(found),
         *_edge_words(found),
         *_error_words(found),
+        *nothing,
         "The held-out rows are the validation rows of the training, which also picked each "
         "candidate's best epoch: all scores flatter a little, and alike. Rows that the model "
         "held out were not touched: `evaluate` judges the one that is taken on those.",
