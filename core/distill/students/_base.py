@@ -62,6 +62,14 @@ class StudentModule(nn.Module, ABC):
         """Parameters that move slowly and never decay (bases, angles)."""
         return []
 
+    def free_parameters(self) -> int:
+        """Count what was free to choose, whether trained or taken from the teacher.
+
+        Every parameter; buffers (the anchor, an exact router's training queries) are the data's.
+        A student whose parameters are bound (orthonormal columns) counts the dimension instead.
+        """
+        return sum(value.numel() for value in self.parameters())
+
 
 @dataclass(frozen=True)
 class Student:

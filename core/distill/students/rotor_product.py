@@ -87,6 +87,17 @@ class RotorProductStudent(StudentModule):
         """Bases and angles."""
         return [self.bases, self.angles] if self.bases.requires_grad else []
 
+    def free_parameters(self) -> int:
+        """Count the router, and per cluster the dimension of m planes at right angles with angles.
+
+        2 (d - 2) for where a plane lies, 4 less for each next one, and an angle each: together
+        m (2 d - 2 m - 1), which for all planes is d (d - 1) / 2, that of so(d).
+        """
+        _, dim, columns = self.bases.shape
+        planes = columns // 2
+        router = sum(value.numel() for value in self.router.parameters())
+        return router + len(self.bases) * planes * (2 * dim - 2 * planes - 1)
+
     def _rotate(self, queries: Tensor, weights: Tensor) -> Tensor:
         return strang_product(queries @ self.anchor, weights, self.bases, self.angles)
 

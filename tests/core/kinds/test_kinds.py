@@ -102,6 +102,14 @@ class World:
             student=student or {"name": "rotor_product", "router_hidden": 16},
             training=TRAINING,
         )
+        sweep = self.submit(
+            kind="sweep",
+            model=model,
+            targets=f"{cache}/targets",
+            students=[{"name": "rotor_product", "router_hidden": 16}],
+            grid={"planes": [1, 3]},
+            training={**TRAINING, "epochs_per_chunk": 2},
+        )
         evaluate = self.submit(
             kind="evaluate", pairs=pairs, model=model, student=f"{distill}/student"
         )
@@ -110,7 +118,7 @@ class World:
         )
         combined = self.submit(kind="combine_models", models=[model, f"{other}/model"])
         echo = self.submit(kind="echo", text="hi", times=2)
-        jobs = (fit, cache, distill, evaluate, combined, echo)
+        jobs = (fit, cache, distill, sweep, evaluate, combined, echo)
         return {self.job(job_id).kind: job_id for job_id in jobs}
 
 
