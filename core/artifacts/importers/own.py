@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from core.artifacts.importers import pairs
-from core.artifacts.importers.npy import check_shape
 from core.artifacts.limits import Limits
 from core.errors import DataInvalid, TooLarge
 from core.tensors import shards
 from core.tensors.formats import load_federated, save_federated
+from core.tensors.npy import check_shape
 
 _ITEM_BYTES = {"F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4,
                "U32": 4, "I64": 8, "U64": 8, "BOOL": 1}  # fmt: skip
