@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,15 +78,45 @@ def _write_stream(file: BinaryIO, name: str, stream: Stream) -> None:
         raise ValueError(f"{name}: the blocks miss the shape {list(stream.shape)} by {left} bytes")
 
 
-def load(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read every tensor and the manifest (empty where the file has none).
+def names(path: Path) -> set[str]:
+    """Return the names of the tensors in a file, whatever its size."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return set(file.keys())
+    except (SafetensorError, ValueError) as error:
+        raise DataInvalid(f"not a readable .safetensors file: {error}") from error
+
+
+def describe(path: Path, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+    """Return dtype and shape of a tensor that ``save_streams`` can write.
+
+    Raises:
+        DataInvalid: the file is not safetensors, lacks the tensor, or it is of another dtype.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            tensor = file.get_slice(name)
+            code, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+    except (SafetensorError, ValueError) as error:
+        raise DataInvalid(f"not a readable .safetensors file: {error}") from error
+    known = {code: dtype for dtype, code in _CODES.items()}
+    if code not in known:
+        raise DataInvalid(f"{name}: dtype {code}; allowed: {', '.join(known)}")
+    return np.dtype(known[code]), shape
+
+
+def load(
+    path: Path, *, only: Collection[str] | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read every tensor (or only some) and the manifest (empty where the file has none).
 
     Raises:
         DataInvalid: the file is not safetensors, is truncated, or its manifest is not JSON.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            wanted = file.keys() if only is None else only
+            tensors = {name: file.get_tensor(name) for name in wanted}
             return tensors, _manifest(file.metadata())
     except (SafetensorError, ValueError, TypeError) as error:
         raise DataInvalid(f"not a readable .safetensors file: {error}") from error
