@@ -1,4 +1,4 @@
-"""Tables of arrays as .npz: written as a stream, equal arguments giving equal bytes; read in blocks.
+"""Tables of arrays as .npz: written as a stream, the same bytes every time; read in blocks.
 
 For files of our own making and a user's local ones. What was uploaded is unpacked in the sandbox.
 """

@@ -74,7 +74,7 @@ def from_npz(source: Path, target: Path, *, arrays: Collection[str], budget: Bud
 
 
 def from_tensors(source: Path, target: Path, *, what: str, limits: Limits) -> Found:
-    """Read what ``from_npz`` wrote (BIVECTORS or TARGETS), believing nothing, and write it again."""
+    """Read what ``from_npz`` wrote (BIVECTORS or TARGETS) like any stranger's file."""
     names = shards.names(source)
     if what not in names:
         raise DataInvalid(f"{what}: missing; the file holds {', '.join(sorted(names)[:12])}")
@@ -97,12 +97,12 @@ def from_tensors(source: Path, target: Path, *, what: str, limits: Limits) -> Fo
         raise DataInvalid("manifest: fingerprint must be a text, settings an object")
     claims = caches.check_claims(fingerprint, json.dumps(settings))
     ignored = sorted(names - {what, _BESIDE[what], "cluster_ids_offsets"})
-    return _write(target, what, Stream(dtype, shape, _checked(what, blocks)), beside, claims, ignored)
+    return _write(
+        target, what, Stream(dtype, shape, _checked(what, blocks)), beside, claims, ignored
+    )
 
 
-def _check(
-    what: str, dtype: np.dtype[np.generic], shape: tuple[int, ...], limits: Limits
-) -> None:
+def _check(what: str, dtype: np.dtype[np.generic], shape: tuple[int, ...], limits: Limits) -> None:
     caches.check_array(what, dtype, shape)
     if shape[1] > limits.dim or (what == BIVECTORS and shape[0] > limits.clusters):
         raise TooLarge(

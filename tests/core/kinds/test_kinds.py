@@ -106,7 +106,16 @@ class World:
             kind="evaluate", pairs=pairs, model=model, student=f"{distill}/student"
         )
         echo = self.submit(kind="echo", text="hi", times=2)
-        jobs = (fit, cache, distill, evaluate, echo)
+        export = self.submit(kind="export_cache", model=model, targets=f"{cache}/targets")
+        taken_in = self.submit(
+            kind="import_cache",
+            model=model,
+            bivectors=f"{export}/bivectors_npz",
+            targets=f"{export}/targets_npz",
+            rows_per_chunk=40,
+            verify=30,
+        )
+        jobs = (fit, cache, distill, evaluate, echo, export, taken_in)
         return {self.job(job_id).kind: job_id for job_id in jobs}
 
 

@@ -53,7 +53,7 @@ def test_blocks_that_do_not_make_the_array_are_refused(tmp_path: Path, blocks: A
     with (
         (tmp_path / "a.npz").open("wb") as file,
         NpzWriter(file) as writer,
-        pytest.raises(ValueError, match="^targets: "),
+        pytest.raises(ValueError, match=r"^targets: "),
     ):
         writer.add_blocks("targets", ROWS.dtype, ROWS.shape, blocks)
 
@@ -148,7 +148,7 @@ def test_streamed_tensors_have_the_bytes_of_saved_ones(tmp_path: Path) -> None:
 
     assert (tmp_path / "streamed").read_bytes() == (tmp_path / "saved").read_bytes()
     short = {"b": shards.Stream(ROWS.dtype, ROWS.shape, [ROWS[:2]])}
-    with pytest.raises(ValueError, match="^b: the blocks miss"):
+    with pytest.raises(ValueError, match=r"^b: the blocks miss"):
         shards.save_streams(tmp_path / "streamed", short, {})
 
 
