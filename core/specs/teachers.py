@@ -8,6 +8,7 @@ from core.specs.base import Closed
 
 FLOAT32_TOLERANCE = 1e-6
 """What float32 holds; below it a tolerance would be a promise that rounding breaks."""
+FLOAT64_TOLERANCE = 1e-13
 Compat = Literal["legacy"] | None
 
 
@@ -30,6 +31,10 @@ class Weighing(Closed):
         """Whether log W is blended, not log(G^T W) after G."""
         return False
 
+    def exactness(self) -> float:
+        """How far a unit-length target may be from its formula's value: rounding."""
+        return FLOAT32_TOLERANCE if self.dtype == "float32" else FLOAT64_TOLERANCE
+
 
 class Routing(Weighing):
     """What every teacher may be told that routes over training queries."""
@@ -50,10 +55,14 @@ class Exponential(Routing):
 
     tolerance: float = Field(
         1e-6,
-        ge=1e-13,
+        ge=FLOAT64_TOLERANCE,
         le=1e-2,
         description="Absolute error allowed per unit-length target; with float32 at least 1e-6.",
     )
+
+    def exactness(self) -> float:
+        """How far a unit-length target may be from its formula's value: as told."""
+        return self.tolerance
 
     @model_validator(mode="after")
     def _float32_holds_the_tolerance(self) -> Self:
