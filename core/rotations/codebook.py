@@ -71,7 +71,8 @@ def pca(
     are looked at. ``explained`` is measured on the bivectors themselves.
 
     Args:
-        bivectors: [C, d, d] skew, or a function that gives them in blocks (read twice).
+        bivectors: [C, d, d] skew, or a function that gives them in blocks (read
+            three times).
         n_components: m; disjoint at most d // 2.
         weights: [C] of the clusters, for example their training queries; equal where absent.
         solver: full, randomized or incremental; see ``principal_components``.

@@ -1,11 +1,11 @@
-"""A .safetensors file: pairs, or our own federated model; checked and written canonically."""
+"""A .safetensors file: pairs, our own federated model or codebook; checked, written canonically."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import pairs
+from core.artifacts.importers import codebook, pairs
 from core.artifacts.importers.npy import check_shape
 from core.artifacts.limits import Limits
 from core.errors import DataInvalid, TooLarge
@@ -35,12 +35,15 @@ def from_file(
         model = load_federated(source)
         save_federated(target, model)
         return "federated_model", model.meta(), []
+    if told == "codebook":
+        return "codebook", *codebook.from_file(source, target)
     if set(pairs.NEEDED) <= names and "rotations" not in names:
         tensors, _ = shards.load(source)
         return "pairs", *pairs.from_tensors(target, tensors)
     raise DataInvalid(
         f"the .safetensors holds {', '.join(sorted(names)[:12]) or 'nothing'}; needed pairs "
-        "(query_embeddings, target_embeddings) or a federated_model written by this service"
+        "(query_embeddings, target_embeddings), or a federated_model or codebook written by this "
+        "service"
     )
 
 
