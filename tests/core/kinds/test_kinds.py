@@ -105,8 +105,11 @@ class World:
         evaluate = self.submit(
             kind="evaluate", pairs=pairs, model=model, student=f"{distill}/student"
         )
+        codebook = self.submit(
+            kind="build_codebook", model=model, codebook={"method": "combined", "n_components": 4}
+        )
         echo = self.submit(kind="echo", text="hi", times=2)
-        jobs = (fit, cache, distill, evaluate, echo)
+        jobs = (fit, cache, distill, evaluate, codebook, echo)
         return {self.job(job_id).kind: job_id for job_id in jobs}
 
 
@@ -248,6 +251,12 @@ def test_targets_may_be_left_out_and_change_nothing(world: World) -> None:
     "student",
     [
         {"name": "canonical", "n_components": 4, "layers": 1, "heads": 2},
+        {
+            "name": "canonical",
+            "codebook": {"method": "pca", "n_components": 4, "disjoint": False},
+            "transformer_type": "bivector_blend",
+            "bias": "angle",
+        },
         {"name": "rotor_product", "router": "exact", "planes": 3},
         {"name": "rotor_product", "router": "exact", "train_planes": False},
     ],
