@@ -231,6 +231,28 @@ def draw_scores(path: Path, selection: Selection) -> None:
     _save(figure, path)
 
 
+@_plain
+def draw_explained(path: Path, explained: Sequence[float], *, together: float) -> None:
+    """Draw what each plane of a codebook explains as bars, and what all do as a line.
+
+    Args:
+        path: of the PNG.
+        explained: shares of single planes, in the codebook's order.
+        together: the share that all planes explain; below the sum where planes overlap.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if not any(explained):
+        axes.text(0.5, 0.5, "made from nothing: no share to show", ha="center", color=INK)
+        axes.set_axis_off()
+        _save(figure, path)
+        return
+    axes.bar(range(1, len(explained) + 1), explained, color=STRONG)
+    axes.set(xlabel="plane", ylabel="share of the squared bivectors")
+    figure.suptitle(f"{len(explained)} planes explain {100 * together:.1f} % together", color=INK)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG without its writer's version."""
     FigureCanvasAgg(figure)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, TypeAdapter, model_validator
 
 from core.specs.base import Closed
+from core.specs.codebooks import Codebook, PrincipalPlanes
 
 FLOAT32_TOLERANCE = 1e-6
 """What float32 holds; below it a tolerance would be a promise that rounding breaks."""
@@ -133,8 +134,17 @@ class Paired(Routing):
     name: Literal["paired"] = "paired"
 
 
+class Orthogonal(Routing):
+    """Blend the logarithms as ``rotational`` does, kept to the planes of a codebook."""
+
+    needs_logs = True
+    name: Literal["orthogonal"] = "orthogonal"
+    codebook: Codebook = PrincipalPlanes()
+
+
 Teacher = Annotated[
-    Rotational | Direct | WeightedBaseline | Paired | MultiSource, Field(discriminator="name")
+    Rotational | Direct | WeightedBaseline | Paired | Orthogonal | MultiSource,
+    Field(discriminator="name"),
 ]
 _TEACHER: TypeAdapter[Any] = TypeAdapter(Teacher)
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import caches, pairs
+from core.artifacts.importers import caches, codebook, pairs
 from core.artifacts.limits import Limits
 from core.errors import DataInvalid, TooLarge
 from core.tensors import shards
@@ -38,13 +38,15 @@ def from_file(
     for what, format_name in caches.FORMATS.items():
         if told == format_name:
             return caches.from_tensors(source, target, what=what, limits=limits)
+    if told == "codebook":
+        return "codebook", *codebook.from_file(source, target)
     if set(pairs.NEEDED) <= names and "rotations" not in names:
         tensors, _ = shards.load(source)
         return "pairs", *pairs.from_tensors(target, tensors)
     raise DataInvalid(
         f"the .safetensors holds {', '.join(sorted(names)[:12]) or 'nothing'}; needed pairs "
-        "(query_embeddings, target_embeddings), or a federated_model, bivectors_cache or "
-        "targets_cache written by this service"
+        "(query_embeddings, target_embeddings), or a federated_model, codebook, bivectors_cache "
+        "or targets_cache written by this service"
     )
 
 

@@ -16,7 +16,7 @@ from core.distill.students._routers import ExactRouter, LearntRouter
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
 from core.errors import SpecInvalid
-from core.rotations.planes import PlaneFactors, plane_factors
+from core.rotations.planes import leading_planes
 from core.specs.students import ROUTER_HIDDEN, RotorProduct
 
 BLOCK_ROWS = 2048
@@ -125,28 +125,6 @@ def orthonormal(bases: Tensor) -> Tensor:
     root = torch.linalg.cholesky(bases.mT @ bases)  # lower: B^T B = R^T R
     columns: Tensor = torch.linalg.solve_triangular(root.mT, bases, upper=True, left=False)
     return columns
-
-
-def leading_planes(bivectors: Tensor, planes: int) -> PlaneFactors:
-    """Split off the planes of largest angle, looking only where they lie.
-
-    Most angles of a rotation fitted to few pairs are zero, and telling those planes apart is most
-    of the work of ``plane_factors``. Planes whose angles agree with the first one left out may be
-    mixed with it: no selection among equals is better.
-
-    Args:
-        bivectors: [C, d, d] skew.
-        planes: m, at most d // 2.
-    """
-    bases, angles = [], []
-    for bivector in bivectors.double():
-        span = torch.linalg.eigh(bivector.T @ bivector).eigenvectors[:, -2 * planes :]  # [d, 2m]
-        inside = span.T @ bivector @ span
-        found = plane_factors(((inside - inside.T) / 2)[None])
-        bases.append(span @ found.bases[0])
-        angles.append(found.angles[0])
-    dtype = bivectors.dtype
-    return PlaneFactors(torch.stack(bases).to(dtype), torch.stack(angles).to(dtype))
 
 
 def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:

@@ -127,7 +127,13 @@ class World:
             rows_per_chunk=40,
             verify=30,
         )
-        jobs = (fit, cache, distill, sweep, evaluate, combined, echo, export, taken_in)
+        codebook = self.submit(
+            kind="build_codebook", model=model, codebook={"method": "combined", "n_components": 4}
+        )
+        jobs = (
+            *(fit, cache, distill, sweep, evaluate),
+            *(combined, echo, export, taken_in, codebook),
+        )
         return {self.job(job_id).kind: job_id for job_id in jobs}
 
 
@@ -273,6 +279,12 @@ def test_targets_may_be_left_out_and_change_nothing(world: World) -> None:
     "student",
     [
         {"name": "canonical", "n_components": 4, "layers": 1, "heads": 2},
+        {
+            "name": "canonical",
+            "codebook": {"method": "pca", "n_components": 4, "disjoint": False},
+            "transformer_type": "bivector_blend",
+            "bias": "angle",
+        },
         {"name": "rotor_product", "router": "exact", "planes": 3},
         {"name": "rotor_product", "router": "exact", "train_planes": False},
     ],
