@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,26 +42,53 @@ class Spec(JobSpec):
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Targets where none are given, the chain of epochs, the export."""
     spec.student.check_width(inputs["model"].meta["dim"])
+    told = spec.teacher or Rotational()
     if "targets" in inputs:
         _check_targets(spec, inputs["targets"].meta, inputs["model"].sha256)
+        told = Rotational.model_validate(inputs["targets"].meta["teacher"])
+    spec.training.check_teacher(answers_new=told.answers_new)
     model = inputs["model"].meta
     rows = model["rows"]
     # The teacher; queries and targets with their mixtures and a batch's work.
     needed = teacher_bytes(model) + 6 * float_bytes(rows, model["dim"])
-    epochs = len(blocks(spec.training.epochs, spec.training.epochs_per_chunk))
+    on_the_fly = spec.training.targets == "on_the_fly"
     return [
         Stage(
             "targets",
-            0 if "targets" in inputs else len(blocks(rows, ROWS_PER_BLOCK)),
+            0 if "targets" in inputs or on_the_fly else len(blocks(rows, ROWS_PER_BLOCK)),
             memory_bytes=needed,
         ),
-        Stage("train", epochs, "chained", memory_bytes=needed),
+        Stage("train", _train_chunks(spec.training, model, told), "chained", memory_bytes=needed),
         Stage("export", 1),
     ]
 
 
+def _train_chunks(training: Training, model: Mapping[str, Any], teacher: Teacher) -> int:
+    """Return the chunks of the chain, or an upper bound: it ends with the training.
+
+    How many queries are held out or doubled is known only when it runs.
+    """
+    from core.distill.schedules import BatchPlan
+
+    if training.checkpoint_interval is None:
+        return len(blocks(training.epochs, training.epochs_per_chunk))
+    plan = BatchPlan.of(
+        training,
+        rows=model["rows"],
+        centroids=model["clusters"],
+        answers_new=teacher.answers_new,
+    )
+    return math.ceil(plan.total_steps / training.checkpoint_interval)
+
+
 def _check_targets(spec: Spec, made: Mapping[str, Any], model: str) -> None:
-    """Refuse targets of another model, of other queries, or of a teacher told otherwise."""
+    """Refuse targets of another model, of other queries, of a teacher told otherwise, or idle."""
+    if spec.training.targets == "on_the_fly":
+        raise SpecInvalid(
+            "training.targets 'on_the_fly': the field 'targets' names cached ones; leave it null, "
+            "or take 'cache'",
+            pointer="/training/targets",
+        )
     if made["model"] != model:
         raise SpecInvalid(
             f"targets: made with model {made['model'][:12]}…, not with {model[:12]}…",
@@ -104,7 +132,7 @@ def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 
 def _load_targets(spec: Spec, chunk: Chunk) -> Array:
-    """Return [n, d]: the teacher's answers to its model's training queries."""
+    """Return [n, d]: the teacher's answers to its model's training queries, from the cache."""
     import numpy as np
 
     from core.tensors import shards
@@ -122,18 +150,21 @@ _kept: dict[str, TrainingData] = {}
 
 
 def _training_data(spec: Spec, chunk: Chunk, teacher: BlendingTeacher) -> TrainingData:
-    from core.distill.curriculum import training_data
+    from core.distill.curriculum import teacher_answers, training_data
 
     if chunk.job_id not in _kept:
         _kept.clear()
-        targets = _load_targets(spec, chunk)
+        if spec.training.targets == "on_the_fly":
+            targets = teacher_answers(teacher, chunk.progress).cpu().numpy()
+        else:
+            targets = _load_targets(spec, chunk)
         _kept[chunk.job_id] = training_data(teacher, targets, spec.training, seed=spec.seed)
     return _kept[chunk.job_id]
 
 
 def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
     from core.distill.students._base import build_student
-    from core.distill.training import TrainState, run_epochs
+    from core.distill.training import TrainState, run_epochs, run_steps
 
     teacher = _teacher(spec, chunk)
     data = _training_data(spec, chunk, teacher)
@@ -144,10 +175,14 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
         student = build_student(spec.student, teacher, spec.seed)
         state = TrainState.start(student, spec.training, seed=spec.seed, device=chunk.device)
     first = state.epoch
-    run_epochs(state, data, first, first + spec.training.epochs_per_chunk, chunk.progress)
+    interval = spec.training.checkpoint_interval
+    if interval is None:
+        run_epochs(state, data, first, first + spec.training.epochs_per_chunk, chunk.progress)
+    else:
+        run_steps(state, data, interval, chunk.progress)
     path = chunk.workdir / "state.safetensors"
     state.save(path)
-    made = Produced(path, "train_state", path.name, meta={"epoch": state.epoch})
+    made = Produced(path, "train_state", path.name, meta={"epoch": state.epoch, "step": state.step})
     points = [
         Metric(name, int(row["epoch"]), value)
         for row in state.history[first:]
@@ -157,7 +192,8 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(
         checkpoints={"state": made},
         metrics=points,
-        score=1.0 - state.history[-1]["validation_cosine"],
+        # Inside an epoch nothing has been judged: such a checkpoint is never the best one.
+        score=1.0 - state.history[-1]["validation_cosine"] if state.epoch > first else None,
         stage_done=state.stopped,
     )
 

@@ -1,6 +1,6 @@
 """What a teacher may be told. One class per file in core/distill/teachers."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,9 @@ FLOAT32_TOLERANCE = 1e-6
 
 class Rotational(Closed):
     """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+
+    answers_new: ClassVar[bool] = True
+    """Whether it answers queries that nobody stored."""
 
     name: Literal["rotational"] = "rotational"
     top_k: int | None = Field(

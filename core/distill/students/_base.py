@@ -36,6 +36,8 @@ class StudentModule(nn.Module, ABC):
 
     config: dict[str, Any]
     """JSON values; with the state dict enough to build the module again."""
+    needs_weights: bool = True
+    """Whether training it takes the teacher's weights: as its own, or to compare its router's."""
 
     @abstractmethod
     def forward(self, queries: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ class StudentModule(nn.Module, ABC):
         Args:
             queries: [B, d].
             weights: [B, C], the teacher's; a student that routes over training queries takes
-                them as its own, for here a query must not find itself.
+                them as its own, for here a query must not find itself. [B, 0] where the student
+                does not need them.
         """
 
     @abstractmethod

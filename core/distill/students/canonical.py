@@ -74,6 +74,8 @@ class CanonicalStudent(StudentModule):
     softplus scale, which cosines do not see and which breaks the length; it is left out.
     """
 
+    needs_weights = False
+
     def __init__(self, *, dim: int, n_components: int, layers: int, heads: int) -> None:
         super().__init__()
         Canonical(n_components=n_components, layers=layers, heads=heads).check_width(dim)

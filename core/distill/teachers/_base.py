@@ -40,6 +40,8 @@ class BlendingTeacher(Protocol):
     """[C, d, d] skew: the logarithms that are blended."""
     temperature: float
     top_k: int
+    answers_new: bool
+    """Whether it answers queries that are not stored."""
 
     def mixture(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Mixture:
         """Return each query's convex weights over the clusters."""

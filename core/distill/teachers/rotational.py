@@ -59,6 +59,7 @@ class RotationalTeacher:
         """
         clusters, d, _ = model.rotations.shape
         self.model, self.spec = model, spec
+        self.answers_new: bool = spec.answers_new
         self.device = torch.device(device)
         self.dtype = getattr(torch, spec.dtype)
         self.top_k, self.temperature = _routing(model, spec)
