@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.distill.batches import dense_weights
 from core.distill.curriculum import Examples
-from core.distill.losses._base import Batch, total_loss
+from core.distill.losses._base import Batch, losses, total_loss
 from core.distill.state import TrainState, trainable
 from core.distill.students._base import Routed
 from core.errors import SpecInvalid
@@ -20,6 +20,9 @@ Compiler = Callable[[Forward], Forward]
 
 class Stepper:
     """Steps of one state, with what does not change between them found once."""
+
+    wants_weights: bool
+    """Whether its batches must hold the teacher's weights."""
 
     def __init__(self, state: TrainState, *, compiler: Compiler | None = None) -> None:
         """Prepare.
@@ -36,6 +39,8 @@ class Stepper:
         self._learning = [value.detach() for value in learning.values()]
         self._averages = [state.ema[name] for name in learning]
         self._losses = state.training.losses.model_dump()
+        compared = any(self._losses[name] and loss.needs_router for name, loss in losses().items())
+        self.wants_weights = state.student.takes_weights or (state.student.has_router and compared)
 
     def step(self, batch: list[Examples], rate: float) -> None:
         """Take one optimizer step at a learning rate; add the loss and its terms to the sums."""
@@ -64,8 +69,7 @@ class Stepper:
         Raises:
             SpecInvalid: every term that weighs something needs a router the student does not have.
         """
-        student = self.state.student
-        weights = dense_weights(batch, weights=student.needs_weights)
+        weights = dense_weights(batch, weights=self.wants_weights)
         queries = torch.cat([part.queries for part in batch])
         narrow = self.state.training.precision == "bfloat16"
         with torch.autocast(queries.device.type, torch.bfloat16, enabled=narrow):
@@ -76,7 +80,7 @@ class Stepper:
             teacher=torch.cat([part.teacher for part in batch]),
             candidates=batch[0].candidates,
             log_weights=None if log_weights is None else log_weights.float(),
-            weights=weights if student.needs_weights else None,
+            weights=weights if self.wants_weights else None,
         )
         loss, terms = total_loss(seen, self._losses)
         if not terms:

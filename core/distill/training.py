@@ -94,7 +94,7 @@ def steps_per_epoch(data: TrainingData, training: Training) -> int:
 def validation_cosine(student: StudentModule, data: TrainingData) -> float:
     """Mean cosine to the teacher on the validation rows."""
     total = torch.zeros((), dtype=torch.float64, device=data.validation.device)
-    wanted = student.needs_weights
+    wanted = student.takes_weights
     with torch.no_grad():
         for part in validation_batches(data, VALIDATED_ROWS, weights=wanted):
             vectors = student.routed(part.queries, dense_weights([part], weights=wanted)).vectors
@@ -179,7 +179,7 @@ def _batches(
         data,
         plan,
         generator,
-        weights=state.student.needs_weights,
+        weights=stepper.wants_weights,
         first=state.within,
         on_block=on_block,
     )
@@ -231,9 +231,9 @@ def _judge_untrainable(stepper: Stepper, data: TrainingData) -> None:
     """Record what a student without trainable parameters is worth, and stop."""
     state = stepper.state
     means: dict[str, float] = {}
-    size, weights = state.training.batch_size, state.student.needs_weights
+    size = state.training.batch_size
     with torch.no_grad():
-        for part in validation_batches(data, size, weights=weights):
+        for part in validation_batches(data, size, weights=stepper.wants_weights):
             loss, terms = stepper.loss([part])
             for name, value in {"loss": loss, **terms}.items():
                 share = float(value) * len(part) / len(data.validation)

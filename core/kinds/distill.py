@@ -211,7 +211,7 @@ def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
         "model": chunk.input("model").sha256,
         "dim": chunk.input("model").meta["dim"],
         "student": spec.student.model_dump(mode="json"),
-        "training": spec.training.model_dump(mode="json"),
+        "training": spec.training.recipe(),
         "seed": spec.seed,
     }
     folder = chunk.workdir

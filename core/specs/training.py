@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,10 @@ PLATEAU_FACTOR = 0.5
 """What ``plateau_factor: null`` means."""
 PLATEAU_PATIENCE = 1
 """What ``plateau_patience: null`` means: jobs have few epochs."""
+
+
+WORK = frozenset({"targets", "epochs_per_chunk", "checkpoint_interval"})
+"""Settings that say how the work is done and cut; the student is the same for all of them."""
 
 
 class Losses(Closed):
@@ -137,6 +141,10 @@ class Training(Closed):
                 "training queries; allowed: a sum below 1"
             )
         return self
+
+    def recipe(self) -> dict[str, Any]:
+        """Return, as JSON values, the settings that the student's bytes may depend on."""
+        return self.model_dump(mode="json", exclude=set(WORK))
 
     def made_share(self, *, answers_new: bool) -> float:
         """Return ``augment`` with its null resolved: by whether the teacher answers new queries."""

@@ -74,7 +74,7 @@ class CanonicalStudent(StudentModule):
     softplus scale, which cosines do not see and which breaks the length; it is left out.
     """
 
-    needs_weights = False
+    takes_weights = has_router = False
 
     def __init__(self, *, dim: int, n_components: int, layers: int, heads: int) -> None:
         super().__init__()

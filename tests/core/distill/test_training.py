@@ -55,7 +55,8 @@ def start(name: str, training: Training) -> TrainState:
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     name: str, tmp_path: Path, *, restless: bool
 ) -> None:
-    training = make_training(**({"epochs": 5, "learning_rate": 0.5} if restless else {}))
+    wild = {"epochs": 5, "learning_rate": 0.5, "scheduler": "none", "ema_decay": 0.0}
+    training = make_training(**(wild if restless else {}))
     whole = start(name, training)
     run_epochs(whole, make_data(training), 0, training.epochs, quiet)
     assert (whole.best_cosine > whole.history[-1]["validation_cosine"]) == restless
@@ -201,11 +202,20 @@ def test_the_learning_rate_warms_up_and_never_grows_after(scheduler: str) -> Non
     assert (rates[-1] < 0.02) is (scheduler != "none")
 
 
-@pytest.mark.parametrize("changes", [{"ema_decay": 0.0}, {"augment": 0.0}, {"batch_size": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema_decay": 0.0},
+        {"augment": 0.0},
+        {"batch_size": 1},
+        {"batch_size": 4, "augment": 0.5, "centroid_replay": 0.45},
+        {"epochs": 2, "centroid_warmup_epochs": 1, "batch_size": 1},
+    ],
+)
 def test_extremes_of_the_settings_work(changes: dict[str, float]) -> None:
-    training = make_training(epochs=1, **changes)
+    training = make_training(**{"epochs": 1, **changes})
     state = start("rotor_product", training)
-    run_epochs(state, make_data(training), 0, 1, quiet)
+    run_epochs(state, make_data(training), 0, training.epochs, quiet)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in state.history)
     if training.ema_decay == 0:
         own = loop.trainable(state.student)
