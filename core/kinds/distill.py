@@ -15,6 +15,7 @@ from core.kinds._training import (
     make_targets,
     needed_bytes,
     targets_stage,
+    train_chunks,
     train_some,
 )
 from core.specs.students import RotorProduct, Student
@@ -33,7 +34,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     check_student(spec, spec.student, inputs)
     return [
         targets_stage(spec, inputs),
-        Stage("train", spec.rounds(), "chained", memory_bytes=needed_bytes(model)),
+        Stage("train", train_chunks(spec, inputs), "chained", memory_bytes=needed_bytes(model)),
         Stage("export", 1),
     ]
 
@@ -50,14 +51,15 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(
         checkpoints={"state": made},
         metrics=curves(rows),
-        score=1.0 - state.history[-1]["validation_cosine"],
+        # Inside an epoch nothing has been judged: such a checkpoint is never the best one.
+        score=1.0 - rows[-1]["validation_cosine"] if rows else None,
         stage_done=state.stopped,
     )
 
 
 def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
     from core.distill.report import draw_loss
-    from core.distill.training import TrainState
+    from core.distill.state import TrainState
 
     state = TrainState.load(chunk.latest("train")["state"].path)
     chunk.progress(0, 2)

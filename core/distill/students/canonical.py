@@ -114,6 +114,8 @@ class CanonicalStudent(StudentModule):
     of another can; the answer is then zero.
     """
 
+    takes_weights = has_router = False
+
     def __init__(
         self, spec: Canonical, *, dim: int, method: str = "canonical", disjoint: bool = True
     ) -> None:

@@ -49,6 +49,8 @@ class RotorProductStudent(StudentModule):
             "router": router.config,
         }
         self.router = router
+        self.takes_weights = isinstance(router, ExactRouter)
+        self.has_router = not self.takes_weights
         self.anchor: Tensor
         self.register_buffer("anchor", torch.eye(dim))
         self.bases = nn.Parameter(torch.zeros(clusters, dim, 2 * planes), train_planes)
