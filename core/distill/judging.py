@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ class Judged:
     def load(cls, path: Path) -> Judged:
         """Read what save wrote."""
         arrays, facts = shards.load(path)
-        return cls(**arrays, **facts)
+        values: dict[str, Any] = {**facts, **arrays}
+        return cls(**values)
 
 
 def judge(
@@ -122,7 +124,7 @@ def _residuals(
 ) -> Residuals:
     cluster_of = data.teacher.model.cluster_of
     groups = torch.from_numpy(cluster_of).to(rows.device)
-    found = []
+    found: list[Residuals] = []
     for part in rows.split(BLOCK_ROWS):
         on_block()
         with torch.no_grad():

@@ -175,7 +175,13 @@ def draw_scores(path: Path, selection: Selection) -> None:
     least = best.log_score - (best.standard_error or 0.0)
     axes.axhline(least, color=QUIET, linestyle="--", linewidth=1, label="best - 1 standard error")
     chosen = selection.line(selection.chosen)
-    ring = {"s": 160, "facecolors": "none", "edgecolors": STRONG, "linewidths": 2, "zorder": 3}
+    ring: dict[str, Any] = {
+        "s": 160,
+        "facecolors": "none",
+        "edgecolors": STRONG,
+        "linewidths": 2,
+        "zorder": 3,
+    }
     axes.scatter([chosen.parameters], [chosen.log_score], label=f"take {chosen.name}", **ring)
     told = lines if len(lines) <= LABELLED else [best, chosen]
     for place, line in enumerate(told):
