@@ -53,7 +53,7 @@ class Judged:
     def load(cls, path: Path) -> Judged:
         """Read what save wrote."""
         arrays, facts = shards.load(path)
-        values: dict[str, Any] = {**arrays, **facts}
+        values: dict[str, Any] = {**facts, **arrays}
         return cls(**values)
 
 
