@@ -262,21 +262,23 @@ def test_bfloat16_narrows_the_products_alone(name: str, tmp_path: Path) -> None:
 
 
 def traced(forward: Forward) -> Forward:
-    """What torch.compile does, short of asking a C++ compiler."""
+    """What torch.compile does, short of writing code: the whole forward must be one graph."""
     torch.compiler.reset()
-    made: Forward = torch.compile(forward, dynamic=False, backend="aot_eager", fullgraph=True)
+    made: Forward = torch.compile(forward, dynamic=False, backend="eager", fullgraph=True)
     return made
 
 
+# Tracing an autograd.Function instantiates it, in torch's own code.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_student_is_the_same_and_may_be_cut_anywhere(tmp_path: Path) -> None:
-    told = {"epochs": 2, "centroid_warmup_epochs": 1}
+    told = {"epochs": 1, "batch_size": 72}
     training, plain = make_training(**told, compile=True), make_training(**told)
     data, path = make_data(training), tmp_path / "state.safetensors"
     whole, eager = start("rotor_product", training), start("rotor_product", plain)
     run_steps(whole, data, 1000, quiet, compiler=traced)
-    run_epochs(eager, data, 0, 2, quiet)
+    run_epochs(eager, data, 0, 1, quiet)
 
-    state = in_pieces(start("rotor_product", training), data, [2, 3], path, compiler=traced)
+    state = in_pieces(start("rotor_product", training), data, [2, 1000], path, compiler=traced)
 
     assert digest(state, tmp_path) == digest(whole, tmp_path)
     assert state.best_cosine == pytest.approx(eager.best_cosine, abs=1e-4)
