@@ -14,11 +14,11 @@ rows, M entries a query, K degrees to powers of two, T one of TILE_ROWS) and few
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ class JaxSeries:
         """
         if tiles_at_once is not None and tiles_at_once < 1:
             raise ValueError(f"tiles_at_once {tiles_at_once}; allowed: from 1 up, or None")
+        # Else JAX takes three quarters of a GPU's memory at its first touch, and torch starves.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # noqa: TID251 - JAX's own
         self._at_once = tiles_at_once
         self._kept: tuple[Tensor, jax.Array] | None = None
 
@@ -151,69 +153,83 @@ def _entries(plan: Plan) -> int:
     return _power(int(plan.mixture.lengths.max()), LEAST_ENTRIES)
 
 
+class Layout(NamedTuple):
+    """The pairs of R queries in G tiles. Padding has weight, coefficient and degree 0."""
+
+    rows: Any
+    """[G, T] int32: the query of each row of a tile."""
+    clusters: Any
+    """[G] int32: the matrix of each tile."""
+    places: Any
+    """[M, R] int32: where the product of a query's m-th entry stands among the tiles' rows."""
+    weights: Any
+    """[M, R]: 2 w / r."""
+    coefficients: Any
+    """[K + 1, R]."""
+    degrees: Any
+    """[R] int32."""
+    batches: Any
+    """[K] int32: batches of tiles that hold a query of degree k or more; k from 1."""
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """A part of a plan as arrays of few sizes. Padding has weight, coefficient and degree 0."""
+    """A part of a plan, padded to one of few sizes."""
 
     start: Tensor
     """[R, d]: the queries."""
     count: int
     """Of them, without padding."""
-    rows: Array
-    """[G, T] int32: the query of each row of a tile."""
-    clusters: Array
-    """[G] int32: the matrix of each tile."""
-    places: Array
-    """[M, R] int32: where the product of a query's m-th entry stands among the tiles' rows."""
-    weights: Array
-    """[M, R]: 2 w / r."""
-    coefficients: Array
-    """[K + 1, R]."""
-    degrees: Array
-    """[R] int32."""
-    batches: Array
-    """[K] int32: batches of tiles that hold a query of degree k or more; k from 1."""
+    layout: Layout
+    """numpy arrays."""
     at_once: int
     """Tiles in a batch."""
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """(R, M, T, K): what is compiled once."""
+        (M, R), (_, T) = self.layout.places.shape, self.layout.rows.shape
+        return R, M, T, len(self.layout.batches)
 
     @classmethod
     def of(cls, plan: Plan, part: slice, queries: Tensor, *, at_once: int) -> Tiles:
         """Cut the pairs of a part, of descending degree, into tiles."""
         n, d = part.stop - part.start, queries.shape[1]
         R, M = _power(n, LEAST_ROWS), _entries(plan)
-        mixture = plan.mixture.rows(part)
-        lengths, clusters = (t.cpu().numpy() for t in (mixture.lengths, mixture.clusters))
-        degrees = np.zeros(R, np.int32)
-        degrees[:n] = plan.degrees[part]
-        counts = np.bincount(clusters, minlength=mixture.cluster_count)
-        T = _tile_rows(counts, R, M, d * queries.element_size(), at_once)
-        G = _capacity(R, M, T, mixture.cluster_count, at_once)
-        of_entry = np.repeat(np.arange(n), lengths)
-        tile, slot, tile_clusters, tile_degrees = _place(clusters, degrees[of_entry], counts, T)
-        rows = np.zeros((G, T), np.int32)
-        rows[tile, slot] = of_entry
-        nth = np.arange(len(clusters)) - (lengths.cumsum() - lengths)[of_entry]
-        doubled = 2 * plan.inverse_radii[part].cpu().numpy()[of_entry]
-        K = _power(int(degrees[0]), LEAST_DEGREE)
-        table = np.zeros((K + 1, R))
-        known = plan.coefficients[part].cpu().numpy().T[: K + 1]
-        table[: len(known), :n] = known
-        active = (tile_degrees >= np.arange(1, K + 1)[:, None]).sum(1)
-        dtype = np.float64 if queries.dtype == torch.float64 else np.float32
         return cls(
             start=pad(queries[plan.order[part]], (0, 0, 0, R - n)),
             count=n,
-            rows=rows,
-            clusters=np.pad(tile_clusters, (0, G - len(tile_clusters))).astype(np.int32),
-            places=_table(M, R, nth, of_entry, tile * T + slot, np.int32),
-            weights=_table(
-                M, R, nth, of_entry, mixture.weights.double().cpu().numpy() * doubled, dtype
-            ),
-            coefficients=table.astype(dtype),
-            degrees=degrees,
-            batches=-(-active // at_once).astype(np.int32),
+            layout=_layout(plan, part, R, M, d * queries.element_size(), at_once),
             at_once=at_once,
         )
+
+
+def _layout(plan: Plan, part: slice, R: int, M: int, row_bytes: int, at_once: int) -> Layout:
+    """Place the pairs of a part; numbers in float64 (float32 where JAX has no float64 on)."""
+    n = part.stop - part.start
+    mixture = plan.mixture.rows(part)
+    lengths, clusters = (t.cpu().numpy() for t in (mixture.lengths, mixture.clusters))
+    degrees = np.zeros(R, np.int32)
+    degrees[:n] = plan.degrees[part]
+    counts = np.bincount(clusters, minlength=mixture.cluster_count)
+    T = _tile_rows(counts, R, M, row_bytes, at_once)
+    G = _capacity(R, M, T, mixture.cluster_count, at_once)
+    of_entry = np.repeat(np.arange(n), lengths)
+    tile, slot, tile_clusters, tile_degrees = _place(clusters, degrees[of_entry], counts, T)
+    nth = np.arange(len(clusters)) - (lengths.cumsum() - lengths)[of_entry]
+    weights = mixture.weights.double() * 2 * plan.inverse_radii[part][mixture.queries]
+    K = _power(int(degrees[0]), LEAST_DEGREE)
+    known = plan.coefficients[part, : K + 1].cpu().numpy().T
+    active = (tile_degrees >= np.arange(1, K + 1)[:, None]).sum(1)
+    return Layout(
+        rows=_table((G, T), (tile, slot), of_entry, np.int32),
+        clusters=_table((G,), slice(len(tile_clusters)), tile_clusters, np.int32),
+        places=_table((M, R), (nth, of_entry), tile * T + slot, np.int32),
+        weights=_table((M, R), (nth, of_entry), weights.cpu().numpy(), np.float64),
+        coefficients=_table((K + 1, R), (slice(len(known)), slice(n)), known, np.float64),
+        degrees=degrees,
+        batches=-(-active // at_once).astype(np.int32),
+    )
 
 
 def _tile_rows(counts: Array, rows: int, entries: int, row_bytes: int, at_once: int) -> int:
@@ -251,23 +267,18 @@ def _place(
     return moved[tile], slot, clusters[leads][descending], degrees[leads][descending]
 
 
-def _table(M: int, R: int, nth: Array, row: Array, values: Array, dtype: Any) -> Array:
-    """[M, R] with ``values`` of the n-th entry of each row, zero where a row has fewer."""
-    table = np.zeros((M, R), dtype)
-    table[nth, row] = values
+def _table(shape: tuple[int, ...], where: Any, values: Array, dtype: Any) -> Array:
+    """Zeros of ``shape`` with ``values`` at ``where``."""
+    table = np.zeros(shape, dtype)
+    table[where] = values
     return table
 
 
 def _run(queries: Tensor, matrices: jax.Array, tiles: Tiles) -> Tensor:
     """Return [count, d]."""
-    device = device_of(queries.device)
-    arrays = jax.device_put(
-        (tiles.rows, tiles.clusters, tiles.places, tiles.weights)
-        + (tiles.coefficients, tiles.degrees, tiles.batches),
-        device,
-    )
-    result = _compiled(tiles.at_once)(to_jax(tiles.start), matrices, *arrays)
-    return torch.from_dlpack(result)[: tiles.count]
+    layout = jax.device_put(tiles.layout, device_of(queries.device))
+    result = _compiled(tiles.at_once)(to_jax(tiles.start), matrices, layout)
+    return torch.from_dlpack(result.block_until_ready())[: tiles.count]
 
 
 @functools.cache
@@ -276,37 +287,23 @@ def _compiled(at_once: int) -> Any:
     return jax.jit(functools.partial(_series, at_once=at_once))
 
 
-def compilations() -> int:
-    """Return for how many sizes this process has compiled the series."""
-    return sum(_compiled(n)._cache_size() for n in ())
-
-
-def _series(
-    start: Any,
-    matrices: Any,
-    rows: Any,
-    clusters: Any,
-    places: Any,
-    weights: Any,
-    coefficients: Any,
-    degrees: Any,
-    batches: Any,
-    *,
-    at_once: int,
-) -> Any:
-    """Sum the series: [R, d]. Arguments are the fields of ``Tiles``; [C, d, d] the matrices."""
-    (_, d), (G, T) = start.shape, rows.shape
+def _series(start: Any, matrices: Any, layout: Layout, *, at_once: int) -> Any:
+    """Sum the series: [R, d] from the queries [R, d] and the bivectors [C, d, d]."""
+    (_, d), (G, T) = start.shape, layout.rows.shape
+    weights, coefficients = (
+        numbers.astype(start.dtype) for numbers in (layout.weights, layout.coefficients)
+    )
 
     def multiply(phi: Any, products: Any, count: Any) -> Any:
         def batch(index: Any, products: Any) -> Any:
             at = index * at_once
-            which = lax.dynamic_slice_in_dim(clusters, at, at_once)
-            turned = jnp.einsum(
-                "btd,bde->bte",
-                phi[lax.dynamic_slice_in_dim(rows, at, at_once)],
-                matrices[which],
-                precision=lax.Precision.HIGHEST,
-            )
+            given = phi[lax.dynamic_slice_in_dim(layout.rows, at, at_once)]  # [at_once, T, d]
+            if at_once == 1:  # A plain product, which a CPU computes a sixth faster.
+                matrix = lax.dynamic_index_in_dim(matrices, layout.clusters[at], keepdims=False)
+                turned = jnp.dot(given[0], matrix, precision=lax.Precision.HIGHEST)[None]
+            else:
+                several = matrices[lax.dynamic_slice_in_dim(layout.clusters, at, at_once)]
+                turned = jnp.matmul(given, several, precision=lax.Precision.HIGHEST)
             return lax.dynamic_update_slice_in_dim(products, turned, at, 0)
 
         return lax.fori_loop(0, count, batch, products)
@@ -318,7 +315,7 @@ def _series(
             place, weight = entry
             return total + weight[:, None] * flat[place], None
 
-        return lax.scan(add, jnp.zeros_like(start), (places, weights), unroll=8)[0]
+        return lax.scan(add, jnp.zeros_like(start), (layout.places, weights), unroll=8)[0]
 
     def step(carry: Any, at: Any) -> Any:
         current, previous, result, products = carry
@@ -328,14 +325,14 @@ def _series(
         def grow() -> Any:
             following = jnp.where(k == 1, 0.5, 1.0).astype(start.dtype) * mix(products) + previous
             # Beyond its own degree a query is not computed; zero, so that it stays finite.
-            following = jnp.where((degrees >= k)[:, None], following, 0)
+            following = jnp.where((layout.degrees >= k)[:, None], following, 0)
             return following, current, result + coefficient[:, None] * following
 
         after = lax.cond(count > 0, grow, lambda: (current, previous, result))
         return (*after, products), None
 
-    K = len(batches)
+    K = len(layout.batches)
     first = (start, jnp.zeros_like(start), coefficients[0][:, None] * start)
     carry = (*first, jnp.zeros((G, T, d), start.dtype))
     numbers = jnp.arange(1, K + 1, dtype=jnp.int32)
-    return lax.scan(step, carry, (numbers, coefficients[1:], batches))[0][2]
+    return lax.scan(step, carry, (numbers, coefficients[1:], layout.batches))[0][2]

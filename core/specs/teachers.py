@@ -65,10 +65,9 @@ class Exponential(Routing):
         return self
 
 
-class Rotational(Exponential):
-    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+class Blending(Exponential):
+    """What ``rotational`` may be told, whatever computes it."""
 
-    name: Literal["rotational"] = "rotational"
     compat: Compat = Field(
         None, description="'legacy' blends log W as document 000 does, not log(G^T W) after G."
     )
@@ -76,6 +75,21 @@ class Rotational(Exponential):
     def whole_logs(self) -> bool:
         """Whether log W is blended, as document 000 does."""
         return self.compat == "legacy"
+
+
+class Rotational(Blending):
+    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+
+    name: Literal["rotational"] = "rotational"
+
+
+class RotationalJax(Blending):
+    """Rotational, its exponential on JAX: the same answers but for their last bits.
+
+    Workers need the extra: ``pip install 'stillroom[jax]'``.
+    """
+
+    name: Literal["rotational_jax"] = "rotational_jax"
 
 
 class MultiSource(Exponential):
@@ -125,7 +139,8 @@ class Paired(Routing):
 
 
 Teacher = Annotated[
-    Rotational | Direct | WeightedBaseline | Paired | MultiSource, Field(discriminator="name")
+    Rotational | RotationalJax | Direct | WeightedBaseline | Paired | MultiSource,
+    Field(discriminator="name"),
 ]
 _TEACHER: TypeAdapter[Any] = TypeAdapter(Teacher)
 
