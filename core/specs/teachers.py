@@ -75,10 +75,9 @@ class Exponential(Routing):
         return self
 
 
-class Rotational(Exponential):
-    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+class Blending(Exponential):
+    """What ``rotational`` may be told, whatever computes it."""
 
-    name: Literal["rotational"] = "rotational"
     compat: Compat = Field(
         None, description="'legacy' blends log W as document 000 does, not log(G^T W) after G."
     )
@@ -86,6 +85,21 @@ class Rotational(Exponential):
     def whole_logs(self) -> bool:
         """Whether log W is blended, as document 000 does."""
         return self.compat == "legacy"
+
+
+class Rotational(Blending):
+    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+
+    name: Literal["rotational"] = "rotational"
+
+
+class RotationalJax(Blending):
+    """Rotational, its exponential on JAX: the same answers but for their last bits.
+
+    Workers need the extra: ``pip install 'stillroom[jax]'``.
+    """
+
+    name: Literal["rotational_jax"] = "rotational_jax"
 
 
 class MultiSource(Exponential):
@@ -143,7 +157,7 @@ class Orthogonal(Routing):
 
 
 Teacher = Annotated[
-    Rotational | Direct | WeightedBaseline | Paired | Orthogonal | MultiSource,
+    Rotational | RotationalJax | Direct | WeightedBaseline | Paired | Orthogonal | MultiSource,
     Field(discriminator="name"),
 ]
 _TEACHER: TypeAdapter[Any] = TypeAdapter(Teacher)
