@@ -32,6 +32,7 @@ from core.distill import evaluation as judged
 from core.distill import fitting
 from core.distill.curriculum import training_data
 from core.distill.graph import Graph
+from core.distill.splits import Split
 from core.distill.students._base import Routed, StudentModule, keep_length
 from core.distill.students._sphere import step_along, unit
 from core.distill.teachers.rotational import RotationalTeacher
@@ -48,8 +49,8 @@ from core.specs.students import (
 from core.specs.teachers import Rotational
 from core.specs.training import Training
 from core.tensors.formats import Pairs
+from core.tensors.shards import Array
 
-Split = Literal["query", "cluster"]
 BATCH, THREADS, ROUNDS = 1024, 2, 5
 MLP_HIDDEN = 1080
 """Of the plain MLP: 2 million parameters at 384 dimensions."""
@@ -203,7 +204,7 @@ def megabytes(student: StudentModule) -> float:
     return sum(value.numel() * value.element_size() for value in tensors) / 1e6
 
 
-def batch_of(queries: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Tensor:
+def batch_of(queries: Array) -> Tensor:
     """Repeat queries to one batch of BATCH."""
     return torch.from_numpy(np.resize(queries, (BATCH, queries.shape[1])))
 

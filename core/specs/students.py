@@ -182,8 +182,8 @@ def check_router(student: Closed, teacher: Weighing) -> None:
     router = getattr(student, "router", "learnt")
     if router != "learnt" and teacher.routes_over != "queries":
         raise SpecInvalid(
-            f"student.router {router!r} copies a routing over training queries; this teacher routes "
-            f"over {teacher.routes_over}, allowed for it: 'learnt'",
+            f"student.router {router!r} copies a routing over training queries; this teacher "
+            f"routes over {teacher.routes_over}, allowed for it: 'learnt'",
             pointer="/student/router",
         )
 
