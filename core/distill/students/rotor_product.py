@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule, keep_length
-from core.distill.students._routers import ExactRouter, LearntRouter
+from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
-from core.errors import SpecInvalid
 from core.rotations.planes import leading_planes
-from core.specs.students import ROUTER_HIDDEN, RotorProduct
+from core.specs.students import RotorProduct
 
 BLOCK_ROWS = 2048
 """Queries mapped at a time where no gradient is kept."""
@@ -32,7 +31,7 @@ class RotorProductStudent(StudentModule):
 
     def __init__(
         self,
-        router: ExactRouter | LearntRouter,
+        router: Router,
         *,
         dim: int,
         clusters: int,
@@ -49,8 +48,7 @@ class RotorProductStudent(StudentModule):
             "router": router.config,
         }
         self.router = router
-        self.takes_weights = isinstance(router, ExactRouter)
-        self.has_router = not self.takes_weights
+        self.takes_weights, self.has_router = router.takes_weights, router.has_weights
         self.anchor: Tensor
         self.register_buffer("anchor", torch.eye(dim))
         self.bases = nn.Parameter(torch.zeros(clusters, dim, 2 * planes), train_planes)
@@ -72,12 +70,9 @@ class RotorProductStudent(StudentModule):
         return torch.cat(parts)
 
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
-        """Map training queries; the exact router takes the teacher's own weights."""
-        if isinstance(self.router, ExactRouter):
-            return Routed(keep_length(self._rotate(queries, weights), queries))
-        log_weights = self.router.log_weights(queries)
-        turned = self._rotate(queries, log_weights.exp())
-        return Routed(keep_length(turned, queries), log_weights)
+        """Map training queries, routed as their router does in training."""
+        weights, log_weights = self.router.training_weights(queries, weights)
+        return Routed(keep_length(self._rotate(queries, weights), queries), log_weights)
 
     def retract(self) -> None:
         """Make the planes' columns orthonormal again, by the QR of their Gram matrix's root."""
@@ -161,13 +156,12 @@ def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductS
     """Take G and the planes from the teacher, and its routing where that is exact."""
     clusters, dim, _ = teacher.bivectors.shape
     planes = dim // 2 if spec.planes is None else min(spec.planes, dim // 2)
-    router: ExactRouter | LearntRouter
-    if spec.router == "exact":
-        router = ExactRouter.of(teacher)
-    else:
-        router = LearntRouter.of(teacher, hidden=spec.router_hidden or ROUTER_HIDDEN, seed=seed)
     student = RotorProductStudent(
-        router, dim=dim, clusters=clusters, planes=planes, train_planes=spec.train_planes
+        build_router(spec, teacher, seed),
+        dim=dim,
+        clusters=clusters,
+        planes=planes,
+        train_planes=spec.train_planes,
     )
     factors = leading_planes(teacher.bivectors.cpu(), planes)
     with torch.no_grad():
@@ -180,13 +174,8 @@ def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductS
 
 def restore(config: Mapping[str, Any]) -> RotorProductStudent:
     """Build from a saved config, on zeros."""
-    kinds = {"exact": ExactRouter, "learnt": LearntRouter}
     values = {key: value for key, value in config.items() if key not in ("name", "router")}
-    routing = dict(config["router"])
-    kind = routing.pop("kind")
-    if kind not in kinds:
-        raise SpecInvalid(f"config.router.kind {kind!r}; allowed: {', '.join(kinds)}")
-    return RotorProductStudent(kinds[kind](**routing), **values)
+    return RotorProductStudent(restore_router(config["router"]), **values)
 
 
 STUDENT = Student(spec=RotorProduct, build=build, restore=restore)

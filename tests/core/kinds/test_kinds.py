@@ -287,6 +287,9 @@ def test_targets_may_be_left_out_and_change_nothing(world: World) -> None:
         },
         {"name": "rotor_product", "router": "exact", "planes": 3},
         {"name": "rotor_product", "router": "exact", "train_planes": False},
+        {"name": "nlerp_geodesic", "router": "projected", "correction_hidden": 4},
+        {"name": "shared_subspace", "router": "learnt", "router_hidden": 16, "subspace": 4},
+        {"name": "geodesic_attention", "slots": 16, "hidden": 16},
     ],
 )
 def test_every_student_goes_the_whole_way(other_world: World, student: dict[str, Any]) -> None:
