@@ -132,7 +132,8 @@ def _sum(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
     """Sum over all clusters: [B, d]; two products, and the weights between them."""
     dim = x.shape[1]
     coordinates = (x @ bases.reshape(-1, dim).T).unflatten(1, bases.shape[:2])  # [B, C, 2m]
-    return x + (coordinates * weights[:, :, None]).flatten(1) @ back.reshape(-1, dim)
+    moved: Tensor = (coordinates * weights[:, :, None]).flatten(1) @ back.reshape(-1, dim)
+    return x + moved
 
 
 def _sum_sparse(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
