@@ -319,6 +319,23 @@ def test_what_is_undefined_or_unknown_is_told_as_such() -> None:
     assert "One held-out query alone" in text
 
 
+def test_a_smaller_student_that_is_close_already_is_named() -> None:
+    near, nearer = (
+        replace(simulated(0)[3], name=name, parameters=k, held_in=s, held_out=s, groups=groups)
+        for groups in (np.arange(200) % CLUSTERS,)
+        for name, k, s in (
+            ("near", 20, np.linspace(1e-3, 1.2e-3, 200)),
+            ("nearer", 30, np.linspace(1e-6, 1.2e-6, 200)),
+        )
+    )
+
+    found = select([near, nearer], dim=D, baseline=1.0)
+
+    assert found.chosen == "nearer"
+    assert any("near has 0.99945 with 20 parameters" in sentence for sentence in found.words)
+    assert not any("has no noise" in word for word in select([near], dim=D, baseline=1.0).words)
+
+
 def test_a_student_that_answers_nothing_finite_is_named() -> None:
     from core.errors import DataInvalid
 
