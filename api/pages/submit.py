@@ -53,7 +53,12 @@ def form(
         told = f"input: {name} reads no {', '.join(sorted(filled.keys() - allowed))}; "
         told += f"allowed: {', '.join(allowed) or 'none'}"
         raise SpecInvalid(told, pointer="/query/input")
-    return _form(request, name, {**kinds()[name].example, **filled}, [])
+    example = kinds()[name].example
+    given_values = {
+        field: [value] if isinstance(example.get(field), list) else value
+        for field, value in filled.items()
+    }
+    return _form(request, name, {**example, **given_values}, [])
 
 
 def check_kind(kind: str) -> None:

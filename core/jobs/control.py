@@ -23,7 +23,7 @@ from core.jobs.states import (
     JobState,
     move,
 )
-from core.specs.base import JobSpec, inputs_of
+from core.specs.base import JobSpec, references_of, with_references
 
 
 def cancel(session: Session, job_id: str, *, project: str | None, now: datetime) -> Job:
@@ -261,12 +261,11 @@ def _again(
 def _rewired(session: Session, spec: JobSpec, made: Mapping[str, Job]) -> JobSpec:
     """Point references at the retries of the jobs they name."""
     changed: dict[str, str] = {}
-    for field in inputs_of(type(spec)):
-        reference = getattr(spec, field)
-        upstream, slash, name = (reference or "").partition("/")
+    for field, reference in references_of(spec).items():
+        upstream, slash, name = reference.partition("/")
         if slash:
             changed[field] = f"{_latest(session, upstream, made)}/{name}"
-    return spec.model_copy(update=changed)
+    return with_references(spec, changed)
 
 
 def _latest(session: Session, job_id: str, made: Mapping[str, Job]) -> str:

@@ -22,7 +22,7 @@ from core.errors import (
 from core.jobs import events, lineage, shares
 from core.jobs.states import OPEN_CHUNKS, RUNNING_CHUNK, TERMINAL, ChunkState, JobState, move
 from core.kinds._base import Input, Kind, Stage, kinds
-from core.specs.base import SHA256, JobSpec, Reads, inputs_of
+from core.specs.base import SHA256, JobSpec, Reads, inputs_of, references_of
 
 log = logging.getLogger(__name__)
 CHUNKS_LIMIT = 200_000
@@ -36,13 +36,16 @@ def resolve(session: Session, spec: JobSpec, *, project: str) -> list[JobInput]:
         SpecInvalid: a reference names nothing, a job that failed, or another format.
     """
     rows = []
-    asked = [(getattr(spec, field), field, reads) for field, reads in inputs_of(type(spec)).items()]
+    formats = inputs_of(type(spec))
+    asked = [(reference, name) for name, reference in references_of(spec).items()]
     # In the order of their ids, as every transaction locks jobs: no deadlock.
-    for reference, field, reads in sorted(row for row in asked if row[0] is not None):
+    for reference, name in sorted(asked):
+        reads = formats[name.partition(".")[0]]
         try:
-            rows.append(_resolve_one(session, field, reference, reads, project=project))
+            rows.append(_resolve_one(session, name, reference, reads, project=project))
         except StillroomError as error:
-            raise SpecInvalid(error.message, pointer=f"/{field}") from error
+            pointer = f"/{name.replace('.', '/')}"
+            raise SpecInvalid(error.message, pointer=pointer) from error
     return rows
 
 
@@ -110,7 +113,7 @@ def kind_of(job: Job) -> Kind:
 
 
 def job_inputs(session: Session, job_id: str) -> dict[str, Input]:
-    """Return a job's resolved inputs by spec field."""
+    """Return a job's resolved inputs by name, which is the spec's field (see references_of)."""
     query = (
         select(JobInput, Artifact)
         .join(Artifact, Artifact.sha256 == JobInput.sha256)

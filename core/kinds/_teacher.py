@@ -11,7 +11,7 @@ from core.kinds._base import Chunk, Metric, Produced
 from core.kinds._files import blocks, float_bytes
 
 if TYPE_CHECKING:
-    from core.distill.teachers._base import BlendingTeacher
+    from core.distill.teachers._base import TeacherModel
     from core.specs.teachers import Teacher
     from core.tensors.formats import Federated
     from core.tensors.shards import Array
@@ -30,7 +30,7 @@ def teacher_bytes(model: Mapping[str, Any]) -> int:
     return 2 * float_bytes(clusters, dim, dim) + 2 * float_bytes(rows, dim)
 
 
-_kept: dict[tuple[str, str, str], BlendingTeacher] = {}
+_kept: dict[tuple[str, str, str, str | None], TeacherModel] = {}
 """The last teacher this process built: chunks of a job come one after another. Keyed by content."""
 
 
@@ -41,8 +41,8 @@ def bivector_block(
 
     From the cache or new.
     """
-    from core.distill.teachers.rotational import bivector_block as compute
-    from core.distill.teachers.rotational import bivector_key
+    from core.distill.teachers._logs import bivector_block as compute
+    from core.distill.teachers._logs import bivector_key
     from core.tensors import shards
 
     key = bivector_key(model, spec, start, stop)
@@ -58,16 +58,25 @@ def bivector_block(
     return Produced(path, "bivectors", path.name, meta=meta, cache_key=key)
 
 
-def load_teacher(chunk: Chunk, sha256: str, spec: Teacher) -> BlendingTeacher:
-    """Build the teacher a spec names over a stored model, its bivectors from the cache."""
-    name = (sha256, spec.model_dump_json(), chunk.device)
+def load_teacher(
+    chunk: Chunk, sha256: str, spec: Teacher, *, pairs: str | None = None
+) -> TeacherModel:
+    """Build the teacher a spec names over a stored model, its bivectors from the cache.
+
+    ``pairs``: SHA-256 of those whose queries it is asked; told to who answers stored pairs alone.
+    """
+    name = (sha256, spec.model_dump_json(), chunk.device, pairs if not spec.answers_new else None)
     if name not in _kept:
         _kept.clear()
         _kept[name] = _build(chunk, chunk.fetch(sha256), spec)
+        if name[3] is not None:
+            from core.tensors.formats import load_pairs
+
+            _kept[name] = _kept[name].knowing(load_pairs(chunk.fetch(name[3])))
     return _kept[name]
 
 
-def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> BlendingTeacher:
+def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> TeacherModel:
     import torch
 
     from core.distill.teachers._base import Bivectors, teachers
@@ -75,6 +84,9 @@ def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> BlendingTeacher:
     from core.tensors.formats import load_federated
 
     model = load_federated(model_path)
+    build = teachers()[spec.name].build
+    if not spec.needs_logs:
+        return build(model, spec, chunk.device, None)
     clusters, d, _ = model.rotations.shape
     values = torch.empty(clusters, d, d, dtype=getattr(torch, spec.dtype))
     norms = torch.empty(clusters, dtype=torch.float64)
@@ -83,11 +95,11 @@ def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> BlendingTeacher:
         tensors, _ = shards.load(bivector_block(chunk, model, spec, start, stop).path)
         values[start:stop] = torch.from_numpy(tensors["bivectors"])
         norms[start:stop] = torch.from_numpy(tensors["norms"])
-    return teachers()[spec.name].build(model, spec, chunk.device, Bivectors(values, norms))
+    return build(model, spec, chunk.device, Bivectors(values, norms))
 
 
 def target_block(
-    chunk: Chunk, teacher: BlendingTeacher, queries: Array
+    chunk: Chunk, teacher: TeacherModel, queries: Array
 ) -> tuple[Produced, list[Metric]]:
     """Return the file with the targets of some queries, from the cache or new, and its speed.
 
@@ -100,7 +112,7 @@ def target_block(
     """
     import torch
 
-    from core.distill.teachers.rotational import target_key
+    from core.distill.teachers._keys import target_key
     from core.tensors import shards
 
     excluded = teacher.own_rows(queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +14,14 @@ from core.kinds._base import Chunk, ChunkResult, Input, Metric, Produced, Stage
 from core.kinds._files import blocks, float_bytes, read_json, write_json
 from core.kinds._teacher import ROWS_PER_BLOCK, load_teacher, target_block, teacher_bytes
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.teachers import Rotational, Teacher
+from core.specs.students import Student, check_router
+from core.specs.teachers import Rotational, Teacher, parse_teacher
 from core.specs.training import Training
 
 if TYPE_CHECKING:
     from core.distill.curriculum import TrainingData
-    from core.distill.teachers._base import BlendingTeacher
-    from core.distill.training import TrainState
-    from core.specs.students import Student
+    from core.distill.state import TrainState
+    from core.distill.teachers._base import TeacherModel
     from core.tensors.shards import Array
 
 
@@ -36,9 +37,37 @@ class TrainingSpec(JobSpec):
     )
     training: Training = Training()
 
-    def rounds(self) -> int:
-        """How many chunks, one after another, train a student."""
-        return len(blocks(self.training.epochs, self.training.epochs_per_chunk))
+
+def told_teacher(spec: TrainingSpec, inputs: Mapping[str, Input]) -> Teacher:
+    """Return the teacher in force when planning: that of the targets, or as told."""
+    if "targets" in inputs:
+        made: Teacher = parse_teacher(inputs["targets"].meta["teacher"])
+        return made
+    return spec.teacher or Rotational()
+
+
+def epoch_chunks(training: Training) -> int:
+    """How many chunks of ``epochs_per_chunk`` train a student, one after another."""
+    return len(blocks(training.epochs, training.epochs_per_chunk))
+
+
+def train_chunks(spec: TrainingSpec, inputs: Mapping[str, Input]) -> int:
+    """How many chunks train a student, or an upper bound: the chain ends with the training.
+
+    How many queries are held out or doubled is known only when it runs.
+    """
+    from core.distill.schedules import BatchPlan
+
+    if spec.training.checkpoint_interval is None:
+        return epoch_chunks(spec.training)
+    model = inputs["model"].meta
+    plan = BatchPlan.of(
+        spec.training,
+        rows=model["rows"],
+        centroids=model["clusters"],
+        answers_new=told_teacher(spec, inputs).answers_new,
+    )
+    return math.ceil(plan.total_steps / spec.training.checkpoint_interval)
 
 
 def needed_bytes(model: Mapping[str, Any]) -> int:
@@ -56,11 +85,31 @@ def targets_stage(spec: TrainingSpec, inputs: Mapping[str, Input]) -> Stage:
     if "targets" in inputs:
         _check_targets(spec, inputs["targets"].meta, inputs["model"].sha256)
         count = 0
+    if spec.training.targets == "on_the_fly":
+        count = 0
     return Stage("targets", count, memory_bytes=needed_bytes(model))
 
 
+def check_student(spec: TrainingSpec, student: Student, inputs: Mapping[str, Input]) -> None:
+    """Refuse a student or a training that the model's width or the teacher does not allow.
+
+    Raises:
+        SpecInvalid: which field, its value and what is allowed.
+    """
+    student.check_width(inputs["model"].meta["dim"])
+    told = told_teacher(spec, inputs)
+    check_router(student, told)
+    spec.training.check_teacher(answers_new=told.answers_new)
+
+
 def _check_targets(spec: TrainingSpec, made: Mapping[str, Any], model: str) -> None:
-    """Refuse targets of another model, of other queries, or of a teacher told otherwise."""
+    """Refuse targets of another model, of other queries, of a teacher told otherwise, or idle."""
+    if spec.training.targets == "on_the_fly":
+        raise SpecInvalid(
+            "training.targets 'on_the_fly': the field 'targets' names cached ones; leave it null, "
+            "or take 'cache'",
+            pointer="/training/targets",
+        )
     if made["model"] != model:
         raise SpecInvalid(
             f"targets: made with model {made['model'][:12]}…, not with {model[:12]}…",
@@ -83,11 +132,12 @@ def _check_targets(spec: TrainingSpec, made: Mapping[str, Any], model: str) -> N
 def teacher_spec(spec: TrainingSpec, chunk: Chunk) -> Teacher:
     """Return the teacher in force: that of the targets, or as told."""
     if spec.targets is not None:
-        return Rotational.model_validate(chunk.input("targets").meta["teacher"])
+        made: Teacher = parse_teacher(chunk.input("targets").meta["teacher"])
+        return made
     return spec.teacher or Rotational()
 
 
-def teacher_of(spec: TrainingSpec, chunk: Chunk) -> BlendingTeacher:
+def teacher_of(spec: TrainingSpec, chunk: Chunk) -> TeacherModel:
     """Build the teacher in force."""
     return load_teacher(chunk, chunk.input("model").sha256, teacher_spec(spec, chunk))
 
@@ -120,12 +170,15 @@ _kept: dict[str, TrainingData] = {}
 
 def data_of(spec: TrainingSpec, chunk: Chunk) -> TrainingData:
     """Return the rows that a job's students are trained and validated on."""
-    from core.distill.curriculum import training_data
+    from core.distill.curriculum import teacher_answers, training_data
 
     teacher = teacher_of(spec, chunk)
     if chunk.job_id not in _kept:
         _kept.clear()
-        targets = _load_targets(spec, chunk)
+        if spec.training.targets == "on_the_fly":
+            targets = teacher_answers(teacher, chunk.progress).cpu().numpy()
+        else:
+            targets = _load_targets(spec, chunk)
         _kept[chunk.job_id] = training_data(teacher, targets, spec.training, seed=spec.seed)
     return _kept[chunk.job_id]
 
@@ -133,7 +186,7 @@ def data_of(spec: TrainingSpec, chunk: Chunk) -> TrainingData:
 def train_some(
     spec: TrainingSpec, student: Student, before: Produced | None, chunk: Chunk
 ) -> tuple[TrainState, Produced, list[dict[str, float]]]:
-    """Train a student for one chunk's epochs.
+    """Train a student for one chunk: its epochs, or its steps.
 
     Args:
         spec: the job's.
@@ -144,8 +197,9 @@ def train_some(
     Returns:
         The state, its file, and the history rows that were added.
     """
+    from core.distill.state import TrainState
     from core.distill.students._base import build_student
-    from core.distill.training import TrainState, run_epochs
+    from core.distill.training import run_epochs, run_steps
 
     data = data_of(spec, chunk)
     if before is not None:
@@ -154,10 +208,14 @@ def train_some(
         built = build_student(student, teacher_of(spec, chunk), spec.seed)
         state = TrainState.start(built, spec.training, seed=spec.seed, device=chunk.device)
     first = state.epoch
-    run_epochs(state, data, first, first + spec.training.epochs_per_chunk, chunk.progress)
+    interval = spec.training.checkpoint_interval
+    if interval is None:
+        run_epochs(state, data, first, first + spec.training.epochs_per_chunk, chunk.progress)
+    else:
+        run_steps(state, data, interval, chunk.progress)
     path = chunk.workdir / "state.safetensors"
     state.save(path)
-    made = Produced(path, "train_state", path.name, meta={"epoch": state.epoch})
+    made = Produced(path, "train_state", path.name, meta={"epoch": state.epoch, "step": state.step})
     return state, made, state.history[first:]
 
 
@@ -185,7 +243,7 @@ def export_files(
         "model": chunk.input("model").sha256,
         "dim": chunk.input("model").meta["dim"],
         "student": student.model_dump(mode="json"),
-        "training": spec.training.model_dump(mode="json"),
+        "training": spec.training.recipe(),
         "seed": spec.seed,
     }
     files = export_student(trained, folder, facts={**facts, **told})

@@ -8,12 +8,14 @@ from typing import Literal
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Stage
 from core.kinds._training import (
     TrainingSpec,
+    check_student,
     curves,
     export_files,
     made_file,
     make_targets,
     needed_bytes,
     targets_stage,
+    train_chunks,
     train_some,
 )
 from core.specs.students import RotorProduct, Student
@@ -29,10 +31,10 @@ class Spec(TrainingSpec):
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Targets where none are given, the chain of epochs, the export."""
     model = inputs["model"].meta
-    spec.student.check_width(model["dim"])
+    check_student(spec, spec.student, inputs)
     return [
         targets_stage(spec, inputs),
-        Stage("train", spec.rounds(), "chained", memory_bytes=needed_bytes(model)),
+        Stage("train", train_chunks(spec, inputs), "chained", memory_bytes=needed_bytes(model)),
         Stage("export", 1),
     ]
 
@@ -49,14 +51,15 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(
         checkpoints={"state": made},
         metrics=curves(rows),
-        score=1.0 - state.history[-1]["validation_cosine"],
+        # Inside an epoch nothing has been judged: such a checkpoint is never the best one.
+        score=1.0 - rows[-1]["validation_cosine"] if rows else None,
         stage_done=state.stopped,
     )
 
 
 def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
     from core.distill.report import draw_loss
-    from core.distill.training import TrainState
+    from core.distill.state import TrainState
 
     state = TrainState.load(chunk.latest("train")["state"].path)
     chunk.progress(0, 2)

@@ -12,10 +12,10 @@ from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, 
 from core.kinds._files import blocks, float_bytes, read_json, write_json
 from core.kinds._teacher import load_teacher, teacher_bytes
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.teachers import Rotational, Teacher
+from core.specs.teachers import Rotational, Teacher, parse_teacher
 
 if TYPE_CHECKING:
-    from core.distill.teachers._base import BlendingTeacher
+    from core.distill.teachers._base import TeacherModel
     from core.tensors.formats import Pairs
     from core.tensors.shards import Array
 
@@ -84,11 +84,12 @@ def _pairs(chunk: Chunk) -> Pairs:
     return load_pairs(chunk.fetch(chunk.input("pairs").sha256))
 
 
-def _teacher(spec: Spec, chunk: Chunk) -> BlendingTeacher:
+def _teacher(spec: Spec, chunk: Chunk) -> TeacherModel:
     told = spec.teacher
     if told is None and spec.student is not None:
-        told = Rotational.model_validate(chunk.input("student").meta["teacher"])
-    return load_teacher(chunk, chunk.input("model").sha256, told or Rotational())
+        told = parse_teacher(chunk.input("student").meta["teacher"])
+    pairs = chunk.input("pairs").sha256
+    return load_teacher(chunk, chunk.input("model").sha256, told or Rotational(), pairs=pairs)
 
 
 def _choose(spec: Spec, chunk: Chunk) -> ChunkResult:
@@ -136,7 +137,7 @@ def _map(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(checkpoints={"vectors": Produced(path, "vectors", path.name)})
 
 
-def _global_rotation(teacher: BlendingTeacher) -> Array:
+def _global_rotation(teacher: TeacherModel) -> Array:
     """The one rotation a student must beat: the model's anchor, or fitted where it has none."""
     from core.distill.fitting import global_rotation
 
@@ -157,7 +158,7 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     import numpy as np
 
     from core.distill.choosing import edges
-    from core.distill.evaluation import evaluate
+    from core.distill.evaluation import evaluate, how_split
     from core.distill.report import write_report
     from core.tensors import shards
 
@@ -168,13 +169,14 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     chunk.progress(0, 3)
     targets = _pairs(chunk).targets.astype("float32")
     trained = _student_facts(spec, chunk)
+    model = _teacher(spec, chunk).model
     found = evaluate(
         outputs,
         targets,
         rows,
         seed=spec.seed,
         dropped=dropped,
-        remarks=[*edges(_teacher(spec, chunk).model.manifest), *trained["words"]],
+        remarks=[*how_split(model.manifest), *edges(model.manifest), *trained["words"]],
     )
     chunk.progress(1, 3)
     files = write_report(
@@ -188,6 +190,7 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
         "report": Produced(files["report_json"], "report", "report.json", "application/json"),
         "report_md": Produced(files["report_md"], "report_md", "report.md", "text/markdown"),
         "hits": Produced(files["hits_png"], "picture", "hits.png", "image/png"),
+        "cosines": Produced(files["cosines_png"], "picture", "cosines.png", "image/png"),
     }
     if "loss_curve_png" in files:
         picture = Produced(files["loss_curve_png"], "picture", "loss_curve.png", "image/png")
@@ -225,14 +228,14 @@ def _speeds(spec: Spec, chunk: Chunk, rows: Array) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from core.distill.evaluation import RAW, baseline_maps, throughput
+    from core.distill.evaluation import MEAN, RAW, baseline_maps, throughput
     from core.distill.export import load_student
 
     teacher = _teacher(spec, chunk)
     batch = _pairs(chunk).queries[np.resize(rows, TIMED_ROWS)].astype("float32")
     queries = torch.from_numpy(batch).to(chunk.device)
     maps = baseline_maps(teacher, anchor=_global_rotation(teacher))
-    del maps[RAW]  # costs nothing
+    del maps[RAW], maps[MEAN]  # cost nothing
     if spec.student is not None:
         maps["student"] = load_student(_student_file(chunk)).to(chunk.device)
     speeds = {}
@@ -252,6 +255,7 @@ KIND = Kind(
         "report": "report",
         "report_md": "report_md",
         "hits": "picture",
+        "cosines": "picture",
         "loss_curve": "picture",
     },
 )

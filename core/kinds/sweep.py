@@ -12,8 +12,10 @@ from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
 from core.kinds._training import (
     TrainingSpec,
+    check_student,
     curves,
     data_of,
+    epoch_chunks,
     export_files,
     made_file,
     make_targets,
@@ -52,6 +54,11 @@ class Spec(TrainingSpec):
     @model_validator(mode="after")
     def _variants_are_sound(self) -> Spec:
         self.variants()
+        if self.training.checkpoint_interval is not None:
+            raise ValueError(
+                f"training.checkpoint_interval {self.training.checkpoint_interval}: a round of a "
+                "sweep is whole epochs; leave it null and say training.epochs_per_chunk"
+            )
         if self.rounds() > ROUNDS:
             raise ValueError(
                 f"training.epochs {self.training.epochs} in chunks of training.epochs_per_chunk "
@@ -59,6 +66,10 @@ class Spec(TrainingSpec):
                 f"{ROUNDS}, raise epochs_per_chunk"
             )
         return self
+
+    def rounds(self) -> int:
+        """How many rounds, one after another, train every variant."""
+        return epoch_chunks(self.training)
 
     def variants(self) -> list[Variant]:
         """Every student to train, in the order of the chunks."""
@@ -71,7 +82,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     Every variant is a chunk of every round, so that they spread over the pool.
     """
     variants, model = spec.variants(), inputs["model"].meta
-    _check_width(spec, variants, model["dim"])
+    _check_variants(spec, variants, inputs)
     needed = needed_bytes(model)
     rounds = [Stage(_round(number), len(variants), memory_bytes=needed) for number in _rounds(spec)]
     return [
@@ -90,12 +101,13 @@ def _round(number: int) -> str:
     return f"{ROUND}{number}"
 
 
-def _check_width(spec: Spec, variants: Sequence[Variant], dim: int) -> None:
-    """Refuse variants that the width does not allow, or that it makes the same."""
+def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str, Input]) -> None:
+    """Refuse variants that width or teacher do not allow, or that the width makes the same."""
+    dim = inputs["model"].meta["dim"]
     known: dict[str, str] = {}
     for variant in variants:
         try:
-            variant.student.check_width(dim)
+            check_student(spec, variant.student, inputs)
         except SpecInvalid as error:
             field = (error.pointer or "").rpartition("/")[2]
             pointer = f"/grid/{field}" if field in spec.grid else "/students"
@@ -145,7 +157,7 @@ def _state(chunk: Chunk, number: int, index: int) -> Produced:
 def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Measure one variant on the rows that the model was fitted to, the validation rows apart."""
     from core.distill.judging import judge
-    from core.distill.training import TrainState
+    from core.distill.state import TrainState
 
     data = data_of(spec, chunk)
     student = TrainState.load(_state(chunk, spec.rounds(), chunk.index).path).result()
@@ -164,8 +176,8 @@ def _report(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Compare, write the report, and export the student that is taken."""
     from core.distill.judging import Judged, baseline_chord
     from core.distill.selection import select
+    from core.distill.state import TrainState
     from core.distill.sweep_report import write_sweep
-    from core.distill.training import TrainState
 
     judged = [Judged.load(made["judged"].path) for made in chunk.outputs("judge")]
     chunk.progress(0, 3)
@@ -197,7 +209,7 @@ def _facts(spec: Spec, chunk: Chunk) -> dict[str, Any]:
     return {
         "model": chunk.input("model").sha256,
         "teacher": teacher_spec(spec, chunk).model_dump(mode="json"),
-        "training": spec.training.model_dump(mode="json"),
+        "training": spec.training.recipe(),
         "seed": spec.seed,
         "variants": {
             variant.name: {

@@ -1,6 +1,7 @@
 """What every job spec shares, and how a spec names the artifacts it reads."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -59,7 +60,8 @@ class JobSpec(Closed):
 def inputs_of(spec: type[JobSpec]) -> dict[str, Reads]:
     """Return the fields of ``spec`` that name artifacts, with the formats each accepts.
 
-    Works on ``Annotated[Reference, Reads("pairs")]``, with or without ``| None``.
+    Works on ``Annotated[Reference, Reads("pairs")]``, with or without ``| None``, and on a
+    ``tuple`` of them.
     """
     found: dict[str, Reads] = {}
     for name, field in spec.model_fields.items():
@@ -67,6 +69,28 @@ def inputs_of(spec: type[JobSpec]) -> dict[str, Reads]:
             if isinstance(mark, Reads):
                 found[name] = mark
     return found
+
+
+def references_of(spec: JobSpec) -> dict[str, str]:
+    """Return what a spec names: input name -> reference; of a list ``models``, ``models.0`` ..."""
+    found: dict[str, str] = {}
+    for field in inputs_of(type(spec)):
+        value = getattr(spec, field)
+        if isinstance(value, tuple):
+            found |= {f"{field}.{index}": each for index, each in enumerate(value)}
+        elif value is not None:
+            found[field] = value
+    return found
+
+
+def with_references(spec: JobSpec, changed: Mapping[str, str]) -> JobSpec:
+    """Return the spec with other references under the names of ``references_of``."""
+    all_of_them = {**references_of(spec), **changed}
+    update: dict[str, Any] = {}
+    for name, reference in all_of_them.items():
+        field, listed, _ = name.partition(".")
+        update[field] = (*update.get(field, ()), reference) if listed else reference
+    return spec.model_copy(update=update)
 
 
 def _marks(annotation: Any) -> list[Any]:

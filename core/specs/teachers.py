@@ -1,19 +1,45 @@
 """What a teacher may be told. One class per file in core/distill/teachers."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from core.specs.base import Closed
+from core.specs.codebooks import Codebook, PrincipalPlanes
 
 FLOAT32_TOLERANCE = 1e-6
 """What float32 holds; below it a tolerance would be a promise that rounding breaks."""
+FLOAT64_TOLERANCE = 1e-13
+Compat = Literal["legacy"] | None
 
 
-class Rotational(Closed):
-    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+class Weighing(Closed):
+    """What every teacher may be told that weighs the clusters of a federated model."""
 
-    name: Literal["rotational"] = "rotational"
+    routes_over: ClassVar[Literal["queries", "sources", "centroids"]] = "queries"
+    """What a query is compared with: a student's exact router copies ``queries`` alone."""
+    answers_new: ClassVar[bool] = True
+    """Whether it answers queries that nobody stored: made ones, held-out ones."""
+    needs_logs: ClassVar[bool] = False
+    """Whether every answer needs the logarithms; others compute them if a student asks."""
+
+    temperature: float | None = Field(
+        None, gt=0, le=100, description="Of the routing softmax; null takes the model's own."
+    )
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def whole_logs(self) -> bool:
+        """Whether log W is blended, not log(G^T W) after G."""
+        return False
+
+    def exactness(self) -> float:
+        """How far a unit-length target may be from its formula's value: rounding."""
+        return FLOAT32_TOLERANCE if self.dtype == "float32" else FLOAT64_TOLERANCE
+
+
+class Routing(Weighing):
+    """What every teacher may be told that routes over training queries."""
+
     top_k: int | None = Field(
         None,
         ge=1,
@@ -21,19 +47,23 @@ class Rotational(Closed):
         description="Training queries a query routes through; null takes the model's own "
         "(10 where it has none).",
     )
-    temperature: float | None = Field(
-        None, gt=0, le=100, description="Of the routing softmax; null takes the model's own."
-    )
+
+
+class Exponential(Routing):
+    """What every teacher may be told that rotates by the exponential of a blend."""
+
+    needs_logs = True
+
     tolerance: float = Field(
         1e-6,
-        ge=1e-13,
+        ge=FLOAT64_TOLERANCE,
         le=1e-2,
         description="Absolute error allowed per unit-length target; with float32 at least 1e-6.",
     )
-    dtype: Literal["float32", "float64"] = "float32"
-    compat: Literal["legacy"] | None = Field(
-        None, description="'legacy' blends log W as document 000 does, not log(G^T W) after G."
-    )
+
+    def exactness(self) -> float:
+        """How far a unit-length target may be from its formula's value: as told."""
+        return self.tolerance
 
     @model_validator(mode="after")
     def _float32_holds_the_tolerance(self) -> Self:
@@ -45,4 +75,94 @@ class Rotational(Closed):
         return self
 
 
-Teacher = Rotational
+class Blending(Exponential):
+    """What ``rotational`` may be told, whatever computes it."""
+
+    compat: Compat = Field(
+        None, description="'legacy' blends log W as document 000 does, not log(G^T W) after G."
+    )
+
+    def whole_logs(self) -> bool:
+        """Whether log W is blended, as document 000 does."""
+        return self.compat == "legacy"
+
+
+class Rotational(Blending):
+    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+
+    name: Literal["rotational"] = "rotational"
+
+
+class RotationalJax(Blending):
+    """Rotational, its exponential on JAX: the same answers but for their last bits.
+
+    Workers need the extra: ``pip install 'stillroom[jax]'``.
+    """
+
+    name: Literal["rotational_jax"] = "rotational_jax"
+
+
+class MultiSource(Exponential):
+    """Rotational over several federated models at once, each with its own clusters and routing.
+
+    The model comes from ``combine_models``; over any other it has one source and is ``rotational``.
+    """
+
+    routes_over = "sources"
+    name: Literal["multi_source"] = "multi_source"
+    source_weights: Literal["similarity", "equal"] = Field(
+        "similarity",
+        description="What a source weighs: a softmax over how near its nearest training query "
+        "is, at the sources' mean temperature, or all the same.",
+    )
+
+
+class Direct(Routing):
+    """Blend the clusters' maps themselves: ``sum_c w_c q W_c``; no logarithm, no exponential."""
+
+    name: Literal["direct"] = "direct"
+    blend: Literal["top_k", "top1"] = Field(
+        "top_k", description="All clusters routed to, by weight, or the heaviest alone."
+    )
+    compat: Compat = Field(
+        None,
+        description="'legacy' leaves the sum as short as rotations that disagree make it; "
+        "otherwise the answer has the query's length.",
+    )
+
+
+class WeightedBaseline(Weighing):
+    """Blend all clusters' maps by how near the query is to each centroid: the plainest blend."""
+
+    routes_over = "centroids"
+    name: Literal["weighted_baseline"] = "weighted_baseline"
+    compat: Compat = Field(
+        None, description="'legacy' leaves the sum as short as it comes, as for 'direct'."
+    )
+
+
+class Paired(Routing):
+    """Answer a stored query by its own stored target; nothing is computed."""
+
+    answers_new = False
+    name: Literal["paired"] = "paired"
+
+
+class Orthogonal(Routing):
+    """Blend the logarithms as ``rotational`` does, kept to the planes of a codebook."""
+
+    needs_logs = True
+    name: Literal["orthogonal"] = "orthogonal"
+    codebook: Codebook = PrincipalPlanes()
+
+
+Teacher = Annotated[
+    Rotational | RotationalJax | Direct | WeightedBaseline | Paired | Orthogonal | MultiSource,
+    Field(discriminator="name"),
+]
+_TEACHER: TypeAdapter[Any] = TypeAdapter(Teacher)
+
+
+def parse_teacher(stored: Any) -> Any:
+    """Return the spec of a teacher from its stored JSON values."""
+    return _TEACHER.validate_python(stored)

@@ -1,8 +1,7 @@
 """The data formats: pairs and federated models, their files, and what makes one invalid."""
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,12 @@ import numpy as np
 
 from core.errors import DataInvalid
 from core.tensors import shards
+from core.tensors.manifests import check_manifest, check_temperature, check_texts, shown
 from core.tensors.shards import Array
 
 FLOATS = ("float16", "float32", "float64")
 TINY, HUGE = 1e-15, 1e15
 """Bounds of a row's largest entry: its squared norm neither under- nor overflows float32."""
-COLDEST, HOTTEST = 1e-35, 1e35
-"""Bounds of a temperature: a share of a row's squared norm, so it is wide; float32 holds both."""
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -65,25 +62,6 @@ def check_embeddings(name: str, array: Array) -> None:
             f"{name}: the largest entry of row {row} is {largest[row]:.3g}; norms in float32 need "
             f"it between {TINY:g} and {HUGE:g}, scale the row"
         )
-
-
-def check_texts(name: str, texts: Sequence[str]) -> None:
-    """Raise DataInvalid where a text holds a control character or half of a surrogate pair."""
-    for row, text in enumerate(texts):
-        if found := _UNPRINTABLE.search(text):
-            raise DataInvalid(
-                f"{name}: entry {row} ({shown(text)}) holds U+{ord(found[0]):04X}, a control "
-                "character or half a character; take it out"
-            )
-
-
-def shown(value: Any) -> str:
-    """Return a stranger's value as a message may hold it: short, printable."""
-    if isinstance(value, str):
-        return repr(value[:60])
-    if value is None or isinstance(value, int | float | np.number):
-        return str(value)[:60]
-    return f"a {type(value).__name__}"
 
 
 def check_pairs(pairs: Pairs) -> None:
@@ -213,7 +191,9 @@ def check_federated(model: Federated) -> None:
     _check_rotations("rotations", model.rotations)
     _check_rotations("anchor", model.anchor[None])
     _check_rows(model)
-    _check_manifest(model)
+    written = {"format": "federated_model", "version": 1, **model.meta()}
+    clusters, rows = len(model.rotations), len(model.queries)
+    check_manifest(model.manifest, written, clusters=clusters, rows=rows)
 
 
 def _check_shapes(model: Federated) -> None:
@@ -248,108 +228,6 @@ def _check_rows(model: Federated) -> None:
             f"train_rows and held_out_rows: needed each row from 0 to {len(rows) - 1} once, in one "
             "of the two"
         )
-
-
-def check_temperature(value: Any) -> float:
-    """Return the temperature, or raise DataInvalid unless it is a number float32 can divide by."""
-    number = isinstance(value, int | float | np.integer | np.floating)
-    if number and not isinstance(value, bool) and COLDEST <= value <= HOTTEST:
-        return float(value)
-    raise DataInvalid(
-        f"temperature: {shown(value)}; needed a finite number > 0, {COLDEST:g} to {HOTTEST:g}"
-    )
-
-
-Check = Callable[[Any], bool]
-
-
-def _number(low: float, high: float, kind: Any = int | float) -> Check:
-    return lambda v: isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high
-
-
-def _just(value: Any) -> Check:
-    return lambda v: type(v) is type(value) and v == value
-
-
-def _one_of(*values: str | None) -> Check:
-    return lambda v: v in values
-
-
-def _sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(text, str) and not _UNPRINTABLE.search(text) for text in value
-    )
-
-
-def _object(fields: Mapping[str, Check], *, optional: str = "") -> Check:
-    return lambda v: (
-        isinstance(v, dict)
-        and v.keys() | {optional} == fields.keys() | {optional}
-        and all(fields[name](inner) for name, inner in v.items())
-    )
-
-
-_CLUSTERING = _object(
-    {
-        "method": _one_of("kmeans", "mst", "groups"),
-        "max_clusters": _number(1, 4096, int),
-        "min_cluster_size": _number(1, 1_000_000, int),
-    },
-    optional="max_clusters",
-)
-_SCORE = _object(
-    {
-        "strength": _number(0, 1e300),
-        "temperature": _number(COLDEST, HOTTEST),
-        "log_score": _number(-1e300, 1e300),
-        "hit1": _number(0, 1),
-        "cosine": _number(-1.01, 1.01),
-    }
-)
-_FACTS: Mapping[str, tuple[Check, str]] = {
-    "temperature": (_number(COLDEST, HOTTEST), f"a number, {COLDEST:g} to {HOTTEST:g}"),
-    "pairs": (
-        lambda v: v is None or _sha256(v),
-        "null or the SHA-256 of pairs, 64 lower-case hex digits",
-    ),
-    "anchor": (_one_of("global", "identity", "none"), "global, identity or none"),
-    "clustering": (_CLUSTERING, "method, max_clusters, min_cluster_size as a job gives them"),
-    "compat": (_one_of("legacy", None), "legacy or null"),
-    "top_k": (_number(1, 1024, int), "a whole number, 1 to 1024"),
-    "seed": (_number(0, 2**31 - 1, int), "a whole number, 0 to 2147483647"),
-    "test_fraction": (_number(0, 1), "a number, 0 to 1"),
-    "strength": (_number(0, 1e300), "a finite number >= 0"),
-    "scores": (
-        lambda v: isinstance(v, list) and all(map(_SCORE, v)),
-        "a list of strength, temperature, log_score, hit1 and cosine, all finite numbers",
-    ),
-    "source": (_one_of("imported"), "imported"),
-    "cluster_ids": (_texts, "a list of texts without control characters"),
-    "reflected_clusters": (_texts, "a list of texts without control characters"),
-    "largest_deviation": (_number(0, 1), "a number, 0 to 1"),
-}
-"""What a manifest may say beside format, version and counts, and how it must be said."""
-
-
-def _check_manifest(model: Federated) -> None:
-    """Refuse a manifest that says anything unknown, malformed or other than the arrays."""
-    manifest = model.manifest
-    written = {"format": "federated_model", "version": 1, **model.meta()}
-    for name, found in manifest.items():
-        if name not in written and name not in _FACTS:
-            raise DataInvalid(f"manifest: {shown(name)} is not known; known: {', '.join(_FACTS)}")
-        check, needed = _FACTS.get(name) or (_just(written[name]), shown(written[name]))
-        if not check(found):
-            raise DataInvalid(f"manifest: {name} is {shown(found)}; needed {needed}")
-    ids = manifest.get("cluster_ids")
-    if ids is not None and (len(ids) != len(model.rotations) or len(set(ids)) != len(ids)):
-        raise DataInvalid(f"manifest: cluster_ids; needed {len(model.rotations)} different ones")
-    if set(manifest.get("reflected_clusters", ())) - set(ids or ()):
-        raise DataInvalid("manifest: reflected_clusters; needed some of cluster_ids")
 
 
 def check_clusters(cluster_of: Array, clusters: int) -> None:

@@ -13,14 +13,8 @@ from core.artifacts.importers.pairs import as_text
 from core.artifacts.limits import Budget
 from core.errors import DataInvalid, TooLarge
 from core.rotations.scaled import ScaledRotation, split
-from core.tensors.formats import (
-    Federated,
-    check_embeddings,
-    check_temperature,
-    check_texts,
-    save_federated,
-    shown,
-)
+from core.tensors.formats import Federated, check_embeddings, save_federated
+from core.tensors.manifests import check_temperature, check_texts, shown
 from core.tensors.shards import Array
 
 ROUTING = ("query_embeddings", "target_embeddings", "idx_to_cluster_keys", "idx_to_cluster_values")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.distill.graph import Graph
-from core.distill.teachers._base import BlendingTeacher
+from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
 from core.registry import scan
 from core.specs.base import Closed
@@ -36,6 +36,10 @@ class StudentModule(nn.Module, ABC):
 
     config: dict[str, Any]
     """JSON values; with the state dict enough to build the module again."""
+    takes_weights: bool = True
+    """Whether ``routed`` reads the teacher's weights."""
+    has_router: bool = True
+    """Whether ``routed`` returns weights of its own, to be compared with the teacher's."""
 
     @abstractmethod
     def forward(self, queries: Tensor) -> Tensor:
@@ -48,7 +52,8 @@ class StudentModule(nn.Module, ABC):
         Args:
             queries: [B, d].
             weights: [B, C], the teacher's; a student that routes over training queries takes
-                them as its own, for here a query must not find itself.
+                them as its own, for here a query must not find itself. [B, 0] where neither
+                the student nor a term of the loss reads them.
         """
 
     @abstractmethod
@@ -76,7 +81,7 @@ class Student:
     """A plugin: what may be said about it, how it is made and how it comes back."""
 
     spec: type[Closed]
-    build: Callable[[Any, BlendingTeacher, int], StudentModule]
+    build: Callable[[Any, TeacherModel, int], StudentModule]
     """(spec, teacher, seed) -> an untrained student on the CPU, initialised from the teacher."""
     restore: Callable[[Mapping[str, Any]], StudentModule]
     """config -> a student whose state is then loaded."""
@@ -87,7 +92,7 @@ def students() -> Mapping[str, Student]:
     return scan("core.distill.students", "STUDENT", Student)
 
 
-def build_student(spec: Any, teacher: BlendingTeacher, seed: int) -> StudentModule:
+def build_student(spec: Any, teacher: TeacherModel, seed: int) -> StudentModule:
     """Build the student a spec names; draws from ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule, keep_length
-from core.distill.students._routers import ExactRouter, LearntRouter
+from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._strang import strang_product
-from core.distill.teachers._base import BlendingTeacher
-from core.errors import SpecInvalid
-from core.rotations.planes import PlaneFactors, plane_factors
-from core.specs.students import ROUTER_HIDDEN, RotorProduct
+from core.distill.teachers._base import TeacherModel
+from core.rotations.planes import leading_planes
+from core.specs.students import RotorProduct
 
 BLOCK_ROWS = 2048
 """Queries mapped at a time where no gradient is kept."""
@@ -32,7 +31,7 @@ class RotorProductStudent(StudentModule):
 
     def __init__(
         self,
-        router: ExactRouter | LearntRouter,
+        router: Router,
         *,
         dim: int,
         clusters: int,
@@ -49,6 +48,7 @@ class RotorProductStudent(StudentModule):
             "router": router.config,
         }
         self.router = router
+        self.takes_weights, self.has_router = router.takes_weights, router.has_weights
         self.anchor: Tensor
         self.register_buffer("anchor", torch.eye(dim))
         self.bases = nn.Parameter(torch.zeros(clusters, dim, 2 * planes), train_planes)
@@ -70,12 +70,9 @@ class RotorProductStudent(StudentModule):
         return torch.cat(parts)
 
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
-        """Map training queries; the exact router takes the teacher's own weights."""
-        if isinstance(self.router, ExactRouter):
-            return Routed(keep_length(self._rotate(queries, weights), queries))
-        log_weights = self.router.log_weights(queries)
-        turned = self._rotate(queries, log_weights.exp())
-        return Routed(keep_length(turned, queries), log_weights)
+        """Map training queries, routed as their router does in training."""
+        weights, log_weights = self.router.training_weights(queries, weights)
+        return Routed(keep_length(self._rotate(queries, weights), queries), log_weights)
 
     def retract(self) -> None:
         """Make the planes' columns orthonormal again, by the QR of their Gram matrix's root."""
@@ -127,28 +124,6 @@ def orthonormal(bases: Tensor) -> Tensor:
     return columns
 
 
-def leading_planes(bivectors: Tensor, planes: int) -> PlaneFactors:
-    """Split off the planes of largest angle, looking only where they lie.
-
-    Most angles of a rotation fitted to few pairs are zero, and telling those planes apart is most
-    of the work of ``plane_factors``. Planes whose angles agree with the first one left out may be
-    mixed with it: no selection among equals is better.
-
-    Args:
-        bivectors: [C, d, d] skew.
-        planes: m, at most d // 2.
-    """
-    bases, angles = [], []
-    for bivector in bivectors.double():
-        span = torch.linalg.eigh(bivector.T @ bivector).eigenvectors[:, -2 * planes :]  # [d, 2m]
-        inside = span.T @ bivector @ span
-        found = plane_factors(((inside - inside.T) / 2)[None])
-        bases.append(span @ found.bases[0])
-        angles.append(found.angles[0])
-    dtype = bivectors.dtype
-    return PlaneFactors(torch.stack(bases).to(dtype), torch.stack(angles).to(dtype))
-
-
 def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:
     """One factor: (x [B, d]; basis [d, 2m], half angles [m], weight [B, 1]) -> x."""
     dim, m = config["dim"], config["planes"]
@@ -177,17 +152,16 @@ def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:
     )
 
 
-def build(spec: RotorProduct, teacher: BlendingTeacher, seed: int) -> RotorProductStudent:
+def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductStudent:
     """Take G and the planes from the teacher, and its routing where that is exact."""
     clusters, dim, _ = teacher.bivectors.shape
     planes = dim // 2 if spec.planes is None else min(spec.planes, dim // 2)
-    router: ExactRouter | LearntRouter
-    if spec.router == "exact":
-        router = ExactRouter.of(teacher)
-    else:
-        router = LearntRouter.of(teacher, hidden=spec.router_hidden or ROUTER_HIDDEN, seed=seed)
     student = RotorProductStudent(
-        router, dim=dim, clusters=clusters, planes=planes, train_planes=spec.train_planes
+        build_router(spec, teacher, seed),
+        dim=dim,
+        clusters=clusters,
+        planes=planes,
+        train_planes=spec.train_planes,
     )
     factors = leading_planes(teacher.bivectors.cpu(), planes)
     with torch.no_grad():
@@ -200,13 +174,8 @@ def build(spec: RotorProduct, teacher: BlendingTeacher, seed: int) -> RotorProdu
 
 def restore(config: Mapping[str, Any]) -> RotorProductStudent:
     """Build from a saved config, on zeros."""
-    kinds = {"exact": ExactRouter, "learnt": LearntRouter}
     values = {key: value for key, value in config.items() if key not in ("name", "router")}
-    routing = dict(config["router"])
-    kind = routing.pop("kind")
-    if kind not in kinds:
-        raise SpecInvalid(f"config.router.kind {kind!r}; allowed: {', '.join(kinds)}")
-    return RotorProductStudent(kinds[kind](**routing), **values)
+    return RotorProductStudent(restore_router(config["router"]), **values)
 
 
 STUDENT = Student(spec=RotorProduct, build=build, restore=restore)

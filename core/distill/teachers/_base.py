@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from core.registry import scan
 from core.rotations.mixture import Mixture
 from core.specs.base import Closed
-from core.tensors.formats import Federated
+from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
 
 
@@ -30,25 +30,41 @@ class Bivectors:
     """[C] float64, upper bounds of ||L_c||_2, little above it."""
 
 
-class BlendingTeacher(Protocol):
-    """A federated model with a way to blend its clusters; built once, asked in blocks."""
+@dataclass(frozen=True)
+class Answers:
+    """What a teacher says to some queries."""
+
+    vectors: Tensor
+    """[Q, d] targets, dtype and device of the teacher."""
+    mixture: Mixture
+    """The weights over the clusters that they were blended by; see ``TeacherModel.mixture``."""
+
+
+class TeacherModel(Protocol):
+    """A federated model with a way to answer queries; built once, asked in blocks."""
 
     model: Federated
-    anchor: Tensor
-    """[d, d]: applied to a query once, before its blend of rotations."""
-    bivectors: Tensor
-    """[C, d, d] skew: the logarithms that are blended."""
+    device: torch.device
+    routes_over: Literal["queries", "sources", "centroids"]
+    """What a query is compared with to find its clusters."""
+    answers_new: bool
+    """Whether it answers queries that are not stored."""
     temperature: float
     top_k: int
+
+    @property
+    def anchor(self) -> Tensor:
+        """[d, d]: applied to a query once, before its blend of rotations."""
+
+    @property
+    def bivectors(self) -> Tensor:
+        """[C, d, d] skew: log(G^T W_c), or log W_c where those are blended; computed if needed."""
 
     def mixture(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Mixture:
         """Return each query's convex weights over the clusters."""
 
-    def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
-        """Return the answers [Q, d] for given weights."""
-
-    def own_rows(self, queries: Array) -> Array:
-        """Return what a query excludes that may be a training query: [Q] int64, -1 for none."""
+    def answers(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Answers:
+        """Return targets and weights; see ``targets``."""
 
     def targets(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Tensor:
         """Return the teacher's answers: [Q, d], on its device.
@@ -58,10 +74,19 @@ class BlendingTeacher(Protocol):
             exclude_rows: [Q] or [Q, e] int64, rows of the model's training queries that a query
                 may not route through; -1 for none. A training query must exclude itself; its
                 duplicates among the training queries go with it.
+
+        Raises:
+            DataInvalid: a query is not stored, and the teacher answers stored ones alone.
         """
+
+    def own_rows(self, queries: Array) -> Array:
+        """Return what a query excludes that may be a training query: [Q] int64, -1 for none."""
 
     def fingerprint(self) -> str:
         """Return SHA-256 hex of everything but the query that a target depends on."""
+
+    def knowing(self, pairs: Pairs) -> Self:
+        """Return the teacher with these pairs stored too; itself where it computes its answers."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,7 @@ class Teacher:
     """A plugin: what may be said about it, and how it is made."""
 
     spec: type[Closed]
-    build: Callable[[Federated, Any, str | torch.device, Bivectors | None], BlendingTeacher]
+    build: Callable[[Federated, Any, str | torch.device, Bivectors | None], TeacherModel]
     """(model, spec, device, bivectors or None to compute them) -> the teacher."""
 
 

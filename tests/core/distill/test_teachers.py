@@ -7,57 +7,104 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy.linalg import expm
+from torch import Tensor
 
-from core.distill.teachers import rotational
-from core.distill.teachers._base import Bivectors, BlendingTeacher, Teacher, teachers
-from core.distill.teachers.rotational import (
-    RotationalTeacher,
-    bivector_block,
-    bivector_key,
-    target_key,
-    teacher_fingerprint,
-)
+from core.distill.clustering import centroids
+from core.distill.routing import EqualRows
+from core.distill.teachers._base import Bivectors, Teacher, TeacherModel, teachers
+from core.distill.teachers._federated import fingerprint
+from core.distill.teachers._keys import target_key
+from core.distill.teachers._logs import bivector_block, bivector_key
+from core.distill.teachers.rotational import RotationalTeacher
 from core.errors import DataInvalid
 from core.rotations.action import spectral_norms
 from core.specs.teachers import Rotational
-from tests.core.distill._make import DIM, make_model, make_teacher, some_queries
+from core.tensors.formats import Federated
+from tests.core.distill._make import DIM, make_model, make_teacher, rotation, some_queries
+
+SUBSPACE = {"orthogonal"}
+"""Teachers that cannot turn outside the planes they were given."""
 
 every_teacher = pytest.mark.parametrize("plugin", teachers().values(), ids=teachers().keys())
 
 
-def build(plugin: Teacher) -> BlendingTeacher:
+def build(plugin: Teacher) -> TeacherModel:
     return plugin.build(make_model(), plugin.spec(), "cpu", None)
+
+
+def answerable(teacher: TeacherModel) -> Tensor:
+    """Queries the teacher answers: new ones of length 3, or stored ones."""
+    return 3 * some_queries() if teacher.answers_new else torch.from_numpy(make_model().queries)
+
+
+def teacher_fingerprint(model: Federated, spec: Rotational) -> str:
+    return fingerprint(RotationalTeacher, model, spec)
 
 
 @every_teacher
 def test_a_teacher_keeps_lengths_and_says_the_same_twice(plugin: Teacher) -> None:
-    teacher, queries = build(plugin), 3 * some_queries()
+    teacher = build(plugin)
+    queries = answerable(teacher)
 
     answers = teacher.targets(queries)
 
     torch.testing.assert_close(answers.norm(dim=1), queries.norm(dim=1), rtol=1e-5, atol=0)
     assert torch.equal(answers, teacher.targets(queries))
-    assert torch.equal(answers, teacher.blend(queries, teacher.mixture(queries)))
+    said = teacher.answers(queries)
+    assert torch.equal(answers, said.vectors)
+    assert torch.equal(said.mixture.dense(), teacher.mixture(queries).dense())
     assert teacher.fingerprint() == build(plugin).fingerprint()
+
+
+@every_teacher
+def test_weights_are_convex(plugin: Teacher) -> None:
+    weights = build(plugin).mixture(some_queries()).dense()
+    assert weights.min() >= 0
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("jax_there")
+def test_no_two_teachers_have_the_same_name_in_the_cache() -> None:
+    prints = [build(plugin).fingerprint() for plugin in teachers().values()]
+    assert len(set(prints)) == len(prints)
+
+
+@pytest.mark.parametrize("name", sorted(teachers().keys() - SUBSPACE))
+def test_a_rotation_of_the_queries_is_all_that_a_teacher_adds(name: str) -> None:
+    """Row convention: y = q @ W. One W for all clusters: who turns the other way is found out."""
+    plugin, model = teachers()[name], make_model()
+    turn = rotation(np.random.default_rng(3), 0.2).astype(np.float32)
+    same = replace(
+        model,
+        rotations=np.stack([turn] * len(model.rotations)),
+        anchor=np.eye(DIM, dtype=np.float32),
+        targets=model.queries @ turn,
+    )
+    teacher = plugin.build(same, plugin.spec(), "cpu", None)
+    queries = answerable(teacher)
+    wanted = queries @ torch.from_numpy(turn)
+    torch.testing.assert_close(teacher.targets(queries), wanted, rtol=0, atol=1e-5)
 
 
 @every_teacher
 def test_a_training_query_can_be_left_out_of_its_own_answer(plugin: Teacher) -> None:
     teacher, model = build(plugin), make_model()
     own = torch.arange(len(model.queries))
-    without = replace(
-        model,
-        **{
-            name: getattr(model, name)[1:]
-            for name in ("queries", "targets", "cluster_of", "train_rows")
-        },
-    )
+    names = ("queries", "targets", "cluster_of", "train_rows")
+    without = replace(model, **{name: getattr(model, name)[1:] for name in names})
+    means = centroids(without.queries, without.cluster_of, len(model.rotations))
+    without = replace(without, centroids=means)
 
-    answers = teacher.targets(model.queries, exclude_rows=own)
+    said = teacher.answers(model.queries, exclude_rows=own)
 
     other = plugin.build(without, plugin.spec(), "cpu", None)
-    torch.testing.assert_close(answers[0], other.targets(model.queries[:1])[0], rtol=0, atol=1e-5)
-    assert not torch.allclose(answers, teacher.targets(model.queries), atol=1e-2)
+    weights = said.mixture.dense()
+    alone = other.mixture(model.queries[:1]).dense()
+    torch.testing.assert_close(weights[:1], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(weights, teacher.mixture(model.queries).dense(), atol=1e-2)
+    if teacher.answers_new:
+        wanted = other.targets(model.queries[:1])[0]
+        torch.testing.assert_close(said.vectors[0], wanted, rtol=0, atol=1e-5)
 
 
 @every_teacher
@@ -85,13 +132,18 @@ def test_the_model_is_hashed_once(plugin: Teacher, monkeypatch: pytest.MonkeyPat
     teacher = build(plugin)
     first = teacher.fingerprint(), teacher.own_rows(make_model().queries).tolist()
     monkeypatch.setattr("hashlib.sha256", None)
-    monkeypatch.setattr(rotational.EqualRows, "among", None)
+    monkeypatch.setattr(EqualRows, "among", None)
     assert (teacher.fingerprint(), teacher.own_rows(make_model().queries).tolist()) == first
 
 
 @every_teacher
 def test_a_query_not_seen_yet_gets_finite_answers(plugin: Teacher) -> None:
-    assert build(plugin).targets(some_queries().numpy()).isfinite().all()
+    teacher = build(plugin)
+    if teacher.answers_new:
+        assert teacher.targets(some_queries().numpy()).isfinite().all()
+        return
+    with pytest.raises(DataInvalid, match="row 0 is not stored"):
+        teacher.targets(some_queries())
 
 
 @pytest.mark.parametrize("compat", [None, "legacy"])
@@ -199,7 +251,6 @@ def test_blocks_of_bivectors_are_the_whole() -> None:
     )
     given = RotationalTeacher(model, spec, "cpu", Bivectors(values, norms))
     assert torch.equal(given.bivectors, make_teacher().bivectors)
-    assert torch.equal(given.bivectors_block(1, 3), make_teacher().bivectors_block(1, 3))
     assert torch.equal(given.targets(some_queries()), make_teacher().targets(some_queries()))
 
 

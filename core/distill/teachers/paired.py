@@ -1,0 +1,95 @@
+"""Answers a stored query by its own stored target: nothing is computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.distill.routing import EqualRows
+from core.distill.teachers._base import Teacher
+from core.distill.teachers._federated import FederatedTeacher
+from core.distill.teachers._keys import digest
+from core.errors import DataInvalid
+from core.rotations.mixture import Mixture
+from core.specs.teachers import Paired
+from core.tensors.formats import Federated, Pairs
+from core.tensors.shards import Array
+
+
+class PairedTeacher(FederatedTeacher):
+    """The pairs themselves as a teacher: what a student learns from where no model is trusted.
+
+    A query stored several times has the mean of its targets. ``exclude_rows`` changes the weights
+    alone: a stored pair is no neighbour's vote, so nothing leaks by looking it up. The weights are
+    those of the model's routing, for students that learn a router.
+    """
+
+    DEPENDS_ON = ("queries", "targets", "cluster_of")
+
+    def targets(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Tensor:
+        """Look up [Q, d] queries: their targets [Q, d]; see TeacherModel."""
+        del exclude_rows
+        return self._look_up(queries)
+
+    def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
+        """Look up [Q, d] queries, whatever the weights."""
+        del mixture
+        return self._look_up(queries)
+
+    def knowing(self, pairs: Pairs) -> Self:
+        """Return the teacher with these pairs stored too."""
+        if pairs.queries.shape[1] != self.model.queries.shape[1]:
+            raise DataInvalid(
+                f"pairs have {pairs.queries.shape[1]} dimensions, the model "
+                f"{self.model.queries.shape[1]}"
+            )
+        other = type(self)(self.model, self.spec, self.device, self._given)
+        other._stored = _joined(self._stored, pairs)
+        return other
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        facts = {"what": "paired", "of": super()._fingerprint}
+        return digest(facts, self._stored.queries, self._stored.targets)
+
+    @cached_property
+    def _stored(self) -> Federated:
+        return self.model
+
+    @cached_property
+    def _means(self) -> tuple[EqualRows, Array]:
+        """Which stored queries are equal, and the mean target of each: [n, d] float64, by row."""
+        stored = EqualRows.among(self._stored.queries)
+        sums = np.zeros(self._stored.targets.shape)
+        np.add.at(sums, stored.first, self._stored.targets)
+        counts = np.bincount(stored.first, minlength=len(sums)).clip(min=1)
+        return stored, sums / counts[:, None]
+
+    def _look_up(self, queries: Tensor | Array) -> Tensor:
+        rows, means = self._means
+        given = queries.cpu().numpy() if isinstance(queries, Tensor) else queries
+        found = rows.rows(given)
+        if (found < 0).any():
+            unknown = int(np.argmax(found < 0))
+            raise DataInvalid(
+                f"queries: row {unknown} is not stored ({int((found < 0).sum())} of {len(found)} "
+                "are not); the teacher 'paired' answers stored pairs alone"
+            )
+        return torch.from_numpy(means[found]).to(self.device, self.dtype)
+
+
+def _joined(stored: Federated, pairs: Pairs) -> Federated:
+    """Return the model with more pairs among its queries and targets; only those two count."""
+    return replace(
+        stored,
+        queries=np.concatenate([stored.queries, pairs.queries.astype(np.float32)]),
+        targets=np.concatenate([stored.targets, pairs.targets.astype(np.float32)]),
+    )
+
+
+TEACHER = Teacher(spec=Paired, build=PairedTeacher)
