@@ -287,6 +287,16 @@ def test_free_planes_are_counted_by_the_dimension_of_their_manifold() -> None:
     )
 
 
+def test_planes_count_whoever_keeps_them_and_a_basis_does_not() -> None:
+    few, more = (make_student("nlerp_geodesic", planes=m).free_parameters() for m in (2, 5))
+    small, wide = (make_student("shared_subspace", subspace=r) for r in (4, 6))
+
+    assert more - few == 4 * (5 * (2 * D - 11) - 2 * (2 * D - 5))
+    assert wide.free_parameters() - small.free_parameters() == (
+        6 * (D - 6) + 4 * 15 - 4 * (D - 4) - 4 * 6
+    )
+
+
 def test_the_report_says_which_and_why_and_has_the_same_bytes_again(tmp_path: Path) -> None:
     candidates = simulated(0)
     found = select(candidates, dim=D, baseline=baseline(candidates), criterion="held_out")
