@@ -46,6 +46,8 @@ Criterion = Literal["auto", "aic", "bic", "held_out"]
 Used = Literal["aic", "bic", "held_out"]
 FEW = 10
 """Clusters below which a standard error by cluster is itself little known."""
+CLOSE = 0.999
+"""Held-out cosine from which a search hardly tells a student from its teacher."""
 NAMED = 3
 """Candidates a sentence names before it counts the others."""
 
@@ -241,6 +243,7 @@ def _words(found: Selection, untrained: Sequence[str]) -> list[str]:
         _taken(found),
         _criterion_words(found),
         *_edge_words(found),
+        *_close_words(found),
         *_error_words(found),
         *nothing,
         "The held-out rows are the validation rows of the training, which also picked each "
@@ -319,6 +322,20 @@ def _edge_words(found: Selection) -> list[str]:
             f"Warning: {chosen.name} is no nearer to the teacher than one global rotation."
         )
     return words
+
+
+def _close_words(found: Selection) -> list[str]:
+    """Name a smaller student that is close already: no criterion knows where it stops to matter."""
+    chosen = found.line(found.chosen)
+    close = [line for line in found.lines if line.cosine >= CLOSE]
+    smallest = min(close, key=lambda line: line.parameters, default=chosen)
+    if smallest.parameters >= chosen.parameters:
+        return []
+    return [
+        "A teacher has no noise of its own, so a nearer student scores higher down to the last "
+        f"digit. Where a held-out cosine of {CLOSE} is enough, {smallest.name} has "
+        f"{smallest.cosine:.5f} with {smallest.parameters:,} parameters."
+    ]
 
 
 def _error_words(found: Selection) -> list[str]:

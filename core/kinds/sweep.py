@@ -24,7 +24,7 @@ from core.kinds._training import (
     teacher_spec,
     train_some,
 )
-from core.specs.students import RotorProduct, Student
+from core.specs.students import NlerpGeodesic, RotorProduct, Student
 from core.specs.variants import MOST, Value, Variant, expand
 
 ROUND = "train_"
@@ -113,7 +113,7 @@ def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str
             pointer = f"/grid/{field}" if field in spec.grid else "/students"
             raise SpecInvalid(f"{variant.name}: {error.message}", pointer=pointer) from error
         student = variant.student
-        if isinstance(student, RotorProduct):
+        if isinstance(student, RotorProduct | NlerpGeodesic):
             kept = min(student.planes or dim // 2, dim // 2)
             student = student.model_copy(update={"planes": kept})
         first = known.setdefault(student.model_dump_json(), variant.name)

@@ -71,7 +71,8 @@ class StudentModule(nn.Module, ABC):
         """Count what was free to choose, whether trained or taken from the teacher.
 
         Every parameter; buffers (the anchor, an exact router's training queries) are the data's.
-        A student whose parameters are bound (orthonormal columns) counts the dimension instead.
+        A student whose parameters are bound (orthonormal columns) counts the dimension instead;
+        one that keeps planes of the teacher's as buffers counts them too.
         """
         return sum(value.numel() for value in self.parameters())
 
@@ -121,3 +122,12 @@ def keep_length(vectors: Tensor, like: Tensor) -> Tensor:
     lengths = vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
     kept: Tensor = vectors * (like.norm(dim=-1, keepdim=True) / lengths)
     return kept
+
+
+def plane_parameters(dim: int, planes: int) -> int:
+    """Count what m planes at right angles with an angle each are free in: m (2 d - 2 m - 1).
+
+    2 (d - 2) for where the first lies, 4 less for each next one, and m angles. For all planes it
+    is d (d - 1) / 2, the dimension of so(d).
+    """
+    return planes * (2 * dim - 2 * planes - 1)

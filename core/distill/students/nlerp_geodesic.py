@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, keep_length
+from core.distill.students._base import (
+    Routed,
+    Student,
+    StudentModule,
+    keep_length,
+    plane_parameters,
+)
 from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit, step_along, unit
 from core.distill.teachers._base import TeacherModel
@@ -69,6 +75,11 @@ class NlerpGeodesicStudent(StudentModule):
         return torch.cat(
             [self._map(part, self.router.log_weights(part).exp()) for part in queries.split(rows)]
         )
+
+    def free_parameters(self) -> int:
+        """Count router and step, and per cluster its planes and angles, the teacher's own."""
+        clusters, columns, dim = self.bases.shape
+        return super().free_parameters() + clusters * plane_parameters(dim, columns // 2)
 
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
         """Map training queries, routed as their router does in training."""

@@ -11,7 +11,13 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, keep_length
+from core.distill.students._base import (
+    Routed,
+    Student,
+    StudentModule,
+    keep_length,
+    plane_parameters,
+)
 from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
@@ -85,15 +91,10 @@ class RotorProductStudent(StudentModule):
         return [self.bases, self.angles] if self.bases.requires_grad else []
 
     def free_parameters(self) -> int:
-        """Count the router, and per cluster the dimension of m planes at right angles with angles.
-
-        2 (d - 2) for where a plane lies, 4 less for each next one, and an angle each: together
-        m (2 d - 2 m - 1), which for all planes is d (d - 1) / 2, that of so(d).
-        """
-        _, dim, columns = self.bases.shape
-        planes = columns // 2
+        """Count the router, and per cluster its planes and angles, trained or not."""
+        clusters, dim, columns = self.bases.shape
         router = sum(value.numel() for value in self.router.parameters())
-        return router + len(self.bases) * planes * (2 * dim - 2 * planes - 1)
+        return router + clusters * plane_parameters(dim, columns // 2)
 
     def _rotate(self, queries: Tensor, weights: Tensor) -> Tensor:
         return strang_product(queries @ self.anchor, weights, self.bases, self.angles)

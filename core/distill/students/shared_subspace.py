@@ -64,6 +64,14 @@ class SharedSubspaceStudent(StudentModule):
         ]
         return torch.cat(parts)
 
+    def free_parameters(self) -> int:
+        """Count the router, all S_c, and where U lies: r (d - r), the subspaces' dimension.
+
+        Which basis it has says nothing: turned with every S_c it is the same map.
+        """
+        rank = self.basis.shape[1]
+        return super().free_parameters() - rank * rank
+
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
         """Map training queries, routed as their router does in training."""
         weights, log_weights = self.router.training_weights(queries, weights)

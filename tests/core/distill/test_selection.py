@@ -287,6 +287,16 @@ def test_free_planes_are_counted_by_the_dimension_of_their_manifold() -> None:
     )
 
 
+def test_planes_count_whoever_keeps_them_and_a_basis_does_not() -> None:
+    few, more = (make_student("nlerp_geodesic", planes=m).free_parameters() for m in (2, 5))
+    small, wide = (make_student("shared_subspace", subspace=r) for r in (4, 6))
+
+    assert more - few == 4 * (5 * (2 * D - 11) - 2 * (2 * D - 5))
+    assert wide.free_parameters() - small.free_parameters() == (
+        6 * (D - 6) + 4 * 15 - 4 * (D - 4) - 4 * 6
+    )
+
+
 def test_the_report_says_which_and_why_and_has_the_same_bytes_again(tmp_path: Path) -> None:
     candidates = simulated(0)
     found = select(candidates, dim=D, baseline=baseline(candidates), criterion="held_out")
@@ -317,6 +327,23 @@ def test_what_is_undefined_or_unknown_is_told_as_such() -> None:
     assert "Warning: a is no nearer to the teacher than one global rotation." in text
     assert "Nothing is trained of a, b" in text
     assert "One held-out query alone" in text
+
+
+def test_a_smaller_student_that_is_close_already_is_named() -> None:
+    near, nearer = (
+        replace(simulated(0)[3], name=name, parameters=k, held_in=s, held_out=s, groups=groups)
+        for groups in (np.arange(200) % CLUSTERS,)
+        for name, k, s in (
+            ("near", 20, np.linspace(1e-3, 1.2e-3, 200)),
+            ("nearer", 30, np.linspace(1e-6, 1.2e-6, 200)),
+        )
+    )
+
+    found = select([near, nearer], dim=D, baseline=1.0)
+
+    assert found.chosen == "nearer"
+    assert any("near has 0.99945 with 20 parameters" in sentence for sentence in found.words)
+    assert not any("has no noise" in word for word in select([near], dim=D, baseline=1.0).words)
 
 
 def test_a_student_that_answers_nothing_finite_is_named() -> None:
