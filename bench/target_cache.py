@@ -145,7 +145,8 @@ def rotation(rng: np.random.Generator, dim: int) -> Array:
 def unit(rng: np.random.Generator, rows: int, dim: int) -> Array:
     """Return [rows, dim] float32 of length 1."""
     drawn = rng.normal(size=(rows, dim)).astype(np.float32)
-    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    rows_of_one: Array = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return rows_of_one
 
 
 def stored_queries(desk: Desk, rows: int, dim: int) -> Input:
