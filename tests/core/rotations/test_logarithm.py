@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from scipy.linalg import expm, logm
 
-from core.rotations.logarithm import _residual, rotation_log
+from core.rotations.action import spectral_norms
+from core.rotations.logarithm import _residual, log_residuals, rotation_log
 from core.rotations.skew import from_planes
 from tests.core.rotations import _make as make
 
@@ -121,3 +122,18 @@ def test_residual_tells_how_wrong_a_logarithm_is(size: float, planes: int) -> No
 
 def _draws(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**62])
+def test_the_residual_of_a_foreign_logarithm_is_its_error(seed: int) -> None:
+    L = make.bivector(40, [0.3 + 0.05 * plane for plane in range(20)])
+    off = make.bivector(40, [1e-3] * 20, seed=5)
+    stack = torch.stack([L, L + off])
+    W = torch.stack([torch.from_numpy(expm(L.numpy()))] * 2)
+
+    found = log_residuals(stack, W, spectral_norms(stack), seed=seed)
+
+    error = np.linalg.norm(expm((L + off).numpy()) - W[1].numpy()) / math.sqrt(40)
+    assert float(found[0]) <= 1e-13
+    assert float(found[1]) == pytest.approx(error, rel=0.4)
+    assert torch.equal(found, log_residuals(stack, W, spectral_norms(stack), seed=seed))
