@@ -106,7 +106,10 @@ class World:
             kind="evaluate", pairs=pairs, model=model, student=f"{distill}/student"
         )
         codebook = self.submit(
-            kind="build_codebook", model=model, codebook={"method": "combined", "n_components": 4}
+            kind="build_codebook",
+            model=model,
+            codebook={"method": "combined", "n_components": 4},
+            compat="legacy",  # other bivectors than cache_targets': a chunk found again makes none
         )
         echo = self.submit(kind="echo", text="hi", times=2)
         jobs = (fit, cache, distill, evaluate, codebook, echo)
