@@ -128,7 +128,10 @@ class World:
             verify=30,
         )
         codebook = self.submit(
-            kind="build_codebook", model=model, codebook={"method": "combined", "n_components": 4}
+            kind="build_codebook",
+            model=model,
+            codebook={"method": "combined", "n_components": 4},
+            compat="legacy",  # other bivectors than cache_targets': a chunk found again makes none
         )
         jobs = (
             *(fit, cache, distill, sweep, evaluate),
