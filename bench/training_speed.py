@@ -109,7 +109,7 @@ def judge(runs: Mapping[str, list[Course]], *, check: bool) -> int:
         for name, found in runs.items()
     }
     header = ["", f"s, {EPOCHS} epochs", "held-out cosine", "s to the plain cosine", "times faster"]
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for name, found in runs.items():
         cosine = f"{median(run.cosines[-1] for run in found):.5f}"
         if name in plains:

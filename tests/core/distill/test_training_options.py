@@ -274,11 +274,11 @@ def test_a_compiled_student_is_the_same_and_may_be_cut_anywhere(tmp_path: Path) 
     told = {"epochs": 1, "batch_size": 72}
     training, plain = make_training(**told, compile=True), make_training(**told)
     data, path = make_data(training), tmp_path / "state.safetensors"
-    whole, eager = start("rotor_product", training), start("rotor_product", plain)
+    whole, eager = start("canonical", training), start("canonical", plain)
     run_steps(whole, data, 1000, quiet, compiler=traced)
     run_epochs(eager, data, 0, 1, quiet)
 
-    state = in_pieces(start("rotor_product", training), data, [2, 1000], path, compiler=traced)
+    state = in_pieces(start("canonical", training), data, [2, 1000], path, compiler=traced)
 
     assert digest(state, tmp_path) == digest(whole, tmp_path)
     assert state.best_cosine == pytest.approx(eager.best_cosine, abs=1e-4)
