@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,7 @@ from core.distill.batches import dense_weights
 from core.distill.curriculum import Examples
 from core.distill.losses._base import Batch, losses, total_loss
 from core.distill.state import TrainState, trainable
-from core.distill.students._base import Routed
 from core.errors import SpecInvalid
-
-Forward = Callable[[Tensor, Tensor], Routed]
-Compiler = Callable[[Forward], Forward]
 
 
 class Stepper:
@@ -24,17 +18,9 @@ class Stepper:
     wants_weights: bool
     """Whether its batches must hold the teacher's weights."""
 
-    def __init__(self, state: TrainState, *, compiler: Compiler | None = None) -> None:
-        """Prepare.
-
-        Args:
-            state: changed in place by ``step``.
-            compiler: makes the forward that ``training.compile`` asks for; torch's own by default.
-        """
+    def __init__(self, state: TrainState) -> None:
+        """Prepare; ``state`` is changed in place by ``step``."""
         self.state = state
-        self._forward: Forward = state.student.routed
-        if state.training.compile:
-            self._forward = (compiler or inductor)(self._forward)
         learning = trainable(state.student)
         self._learning = [value.detach() for value in learning.values()]
         self._averages = [state.ema[name] for name in learning]
@@ -73,7 +59,7 @@ class Stepper:
         queries = torch.cat([part.queries for part in batch])
         narrow = self.state.training.precision == "bfloat16"
         with torch.autocast(queries.device.type, torch.bfloat16, enabled=narrow):
-            routed = self._forward(queries, weights)
+            routed = self.state.student.routed(queries, weights)
         log_weights = routed.log_weights
         seen = Batch(
             student=routed.vectors.float(),
@@ -96,28 +82,3 @@ class Stepper:
         kept, step = self.state.training.ema_decay, self.state.step
         decay = min(kept, (1 + step) / (10 + step)) if kept else 0.0
         torch._foreach_lerp_(self._averages, self._learning, 1 - decay)
-
-
-def inductor(forward: Forward) -> Forward:
-    """Compile with torch's own compiler; a function of the student and the batch's shape alone.
-
-    Every shape is compiled for itself, and what other students left in the compiler is forgotten:
-    else the code of a batch would depend on which batches came before, and with it the last bits.
-
-    Raises (where the forward is called first):
-        SpecInvalid: there is no working compiler on this machine.
-    """
-    torch.compiler.reset()
-    made: Forward = torch.compile(forward, dynamic=False)
-
-    def compiled(queries: Tensor, weights: Tensor) -> Routed:
-        try:
-            return made(queries, weights)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise SpecInvalid(
-                f"training.compile true: this worker cannot compile the student ({error}); "
-                "allowed: false, or a worker with a C++ compiler (a GPU: Triton)",
-                pointer="/training/compile",
-            ) from error
-
-    return compiled

@@ -17,7 +17,7 @@ from core.distill.batches import (
 from core.distill.curriculum import Examples, TrainingData
 from core.distill.schedules import BatchPlan, learning_rate
 from core.distill.state import TrainState, assign, trainable
-from core.distill.stepping import Compiler, Stepper
+from core.distill.stepping import Stepper
 from core.distill.students._base import StudentModule
 from core.errors import DataInvalid
 from core.specs.training import PLATEAU_PATIENCE, Training
@@ -66,8 +66,6 @@ def run_steps(
     data: TrainingData,
     count: int,
     on_step: Progress,
-    *,
-    compiler: Compiler | None = None,
 ) -> None:
     """Take up to ``count`` more steps, from wherever the state stands, also inside an epoch.
 
@@ -79,11 +77,10 @@ def run_steps(
         data: from ``training_data``, with the same arguments at every call.
         count: at least 1; fewer are taken where ``state.stopped`` turns true.
         on_step: called with (steps done, steps of this call) at every step; may raise.
-        compiler: see ``Stepper``.
     """
     plan = batch_plan(data, state.training)
     done = plan.steps_before(state.epoch) + state.within
-    _run(state, data, plan, min(count, plan.total_steps - done), on_step, compiler=compiler)
+    _run(state, data, plan, min(count, plan.total_steps - done), on_step)
 
 
 def steps_per_epoch(data: TrainingData, training: Training) -> int:
@@ -118,13 +115,11 @@ def _run(
     plan: BatchPlan,
     count: int,
     on_step: Progress,
-    *,
-    compiler: Compiler | None = None,
 ) -> None:
     """Take ``count`` steps, epoch by epoch."""
     if state.stopped:
         return
-    stepper = Stepper(state, compiler=compiler)
+    stepper = Stepper(state)
     if state.optimizer is None:
         _judge_untrainable(stepper, data)
         return

@@ -94,11 +94,6 @@ class Training(Closed):
         "losses and validation stay float32. bfloat16 pays on devices that have it in hardware: "
         "a CPU without it takes several times as long.",
     )
-    compile: bool = Field(
-        default=False,
-        description="Whether torch.compile builds the student's forward and backward. Every chunk "
-        "compiles again, so it pays on long chunks only. Needs a C++ compiler (a GPU: Triton).",
-    )
     epochs_per_chunk: int = Field(1, ge=1, le=100_000, description="A checkpoint after each chunk.")
     checkpoint_interval: int | None = Field(
         None,

@@ -16,7 +16,6 @@ from core.distill.batches import batch_plan, centroid_batches, epoch_batches
 from core.distill.curriculum import Examples, TrainingData, teacher_answers, training_data
 from core.distill.schedules import BatchPlan
 from core.distill.state import TrainState, trainable
-from core.distill.stepping import Forward, Stepper
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import run_epochs, run_steps
 from core.errors import DataInvalid, SpecInvalid
@@ -42,14 +41,12 @@ EVERYTHING = {
 }
 
 
-def in_pieces(
-    state: TrainState, data: TrainingData, sizes: list[int], path: Path, **how: object
-) -> TrainState:
+def in_pieces(state: TrainState, data: TrainingData, sizes: list[int], path: Path) -> TrainState:
     """Train to the end, saved and loaded after each piece; the last size is used again."""
     taken = 0
     while not state.stopped:
         size = sizes[min(taken, len(sizes) - 1)]
-        run_steps(state, data, size, quiet, **how)  # type: ignore[arg-type]
+        run_steps(state, data, size, quiet)
         state.save(path)
         state, taken = TrainState.load(path), taken + 1
     return state
@@ -259,42 +256,6 @@ def test_bfloat16_narrows_the_products_alone(name: str, tmp_path: Path) -> None:
     assert state.best_cosine == pytest.approx(other.best_cosine, abs=0.02)
     again = in_pieces(start(name, narrow), make_data(narrow), [3], tmp_path / "s.safetensors")
     assert digest(again, tmp_path) == digest(state, tmp_path)
-
-
-def traced(forward: Forward) -> Forward:
-    """What torch.compile does, short of writing code: the whole forward must be one graph."""
-    torch.compiler.reset()
-    made: Forward = torch.compile(forward, dynamic=False, backend="eager", fullgraph=True)
-    return made
-
-
-# Tracing an autograd.Function instantiates it, in torch's own code.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_compiled_student_is_the_same_and_may_be_cut_anywhere(tmp_path: Path) -> None:
-    told = {"epochs": 1, "batch_size": 72}
-    training, plain = make_training(**told, compile=True), make_training(**told)
-    data, path = make_data(training), tmp_path / "state.safetensors"
-    whole, eager = start("rotor_product", training), start("rotor_product", plain)
-    run_steps(whole, data, 1000, quiet, compiler=traced)
-    run_epochs(eager, data, 0, 1, quiet)
-
-    state = in_pieces(start("rotor_product", training), data, [2, 1000], path, compiler=traced)
-
-    assert digest(state, tmp_path) == digest(whole, tmp_path)
-    assert state.best_cosine == pytest.approx(eager.best_cosine, abs=1e-4)
-
-
-def test_compiling_is_asked_for_only_where_it_is_told() -> None:
-    asked: list[Forward] = []
-
-    def noted(forward: Forward) -> Forward:
-        asked.append(forward)
-        return forward
-
-    for wanted in (False, True):
-        training = make_training(compile=wanted)
-        Stepper(start("canonical", training), compiler=noted)
-        assert len(asked) == int(wanted)
 
 
 @pytest.mark.parametrize(
