@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def compare_backends(
         except SpecInvalid as error:
             left_out.append((name, error.message))
         else:
-            works[name] = lambda teacher=teacher: teacher.targets(block)
+            works[name] = functools.partial(teacher.targets, block)
     if not works:
         raise SpecInvalid("; ".join(why for _, why in left_out))
     timings = time_in_turns(works, torch.device(device), queries=queries, clock=clock)

@@ -27,6 +27,7 @@ import torch
 from jax import lax
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.dlpack import from_dlpack
 
 from core.rotations.chebyshev import WORKSPACE_BYTES, Plan
 from core.tensors.shards import Array
@@ -278,7 +279,7 @@ def _run(queries: Tensor, matrices: jax.Array, tiles: Tiles) -> Tensor:
     """Return [count, d]."""
     layout = jax.device_put(tiles.layout, device_of(queries.device))
     result = _compiled(tiles.at_once)(to_jax(tiles.start), matrices, layout)
-    return torch.from_dlpack(result.block_until_ready())[: tiles.count]
+    return from_dlpack(result.block_until_ready())[: tiles.count]
 
 
 @functools.cache
