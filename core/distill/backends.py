@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def compare_backends(
         except SpecInvalid as error:
             left_out.append((name, error.message))
         else:
-            works[name] = functools.partial(teacher.targets, block)
+            works[name] = partial(teacher.targets, block)
     if not works:
         raise SpecInvalid("; ".join(why for _, why in left_out))
     timings = time_in_turns(works, torch.device(device), queries=queries, clock=clock)

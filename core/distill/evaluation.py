@@ -19,7 +19,10 @@ from core.errors import DataInvalid
 from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
 
-RAW, GLOBAL, TOP1, NLERP, TEACHER = "raw", "global rotation", "top-1 W", "nlerp", "exact teacher"
+RAW, MEAN, GLOBAL = "raw", "mean target", "global rotation"
+TOP1, NLERP, TEACHER = "top-1 W", "nlerp", "exact teacher"
+SIMPLE = (RAW, MEAN, GLOBAL, TOP1, NLERP)
+"""Rows that need no student; the first two are null rows: what is had for nothing."""
 HITS = (1, 5, 10)
 OVERLAP = 10
 DRAWS = 1000
@@ -58,6 +61,8 @@ class Row:
     """Mean share of the teacher's nearest 10 that are among its own nearest 10."""
     gap_closed: float | None
     """(cosine - cosine of the global rotation) / (1 - the same); none where that is 1."""
+    gap_closed_raw: float | None
+    """The same against the raw queries, which is what a student that does nothing leaves."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,16 @@ def _plain(queries: Array) -> Array:
     return plain
 
 
+def how_split(manifest: Mapping[str, Any]) -> list[str]:
+    """Say in words what the held-out rows of a model are, where they are no random queries."""
+    if manifest.get("split") != "cluster":
+        return []
+    return [
+        "Held out are whole clusters: no query of their sort was fitted or trained on, which is "
+        "harder than the random queries of most reports."
+    ]
+
+
 def baseline_maps(teacher: TeacherModel, *, anchor: Array | None = None) -> dict[str, Map]:
     """Return every way of mapping queries that a student is compared to, by name.
 
@@ -144,11 +159,14 @@ def baseline_maps(teacher: TeacherModel, *, anchor: Array | None = None) -> dict
     one = torch.from_numpy(model.anchor if anchor is None else anchor).float().to(device)
     matrices = torch.from_numpy(model.scales[:, None, None] * model.rotations).float().to(device)
 
+    mean = torch.from_numpy(mean_direction(model.targets)).to(device)
+
     def weights(queries: Tensor) -> Tensor:
         return teacher.mixture(queries).dense().float()
 
     return {
         RAW: lambda queries: queries,
+        MEAN: lambda queries: _constant(mean, queries),
         GLOBAL: lambda queries: queries @ one,
         TOP1: lambda queries: _top1(matrices, queries, weights(queries)),
         NLERP: lambda queries: _nlerp(matrices, queries, weights(queries)),
@@ -273,16 +291,35 @@ class _Judge:
             cosine_min=float(cosines.min()),
             norm_drift=float(drift.max()),
             overlap=float(np.mean(common)),
-            gap_closed=self._gap(float(cosines.mean())),
+            gap_closed=self._gap(float(cosines.mean()), GLOBAL),
+            gap_closed_raw=self._gap(float(cosines.mean()), RAW),
         )
 
     def _interval(self, name: str, against: str, k: int) -> Interval:
         wins = (self.ranks[name] < k).astype(np.int64) - (self.ranks[against] < k)
         return paired_interval(wins, seed=self.seed)
 
-    def _gap(self, cosine: float) -> float | None:
-        start = float(row_cosines(self.outputs[GLOBAL], self.outputs[TEACHER]).mean())
+    def _gap(self, cosine: float, left_by: str) -> float | None:
+        start = float(row_cosines(self.outputs[left_by], self.outputs[TEACHER]).mean())
         return (cosine - start) / (1 - start) if 1 - start > 1e-9 else None
+
+
+def mean_direction(targets: Array) -> Array:
+    """Return the direction of the mean of the targets' directions: [d] float32.
+
+    The first target's where they cancel: then no constant answer is better than another.
+    """
+    units = targets.astype(np.float64) / np.linalg.norm(targets, axis=1, keepdims=True)
+    mean = units.mean(axis=0)
+    length = np.linalg.norm(mean)
+    direction: Array = (mean / length if length > 1e-9 else units[0]).astype(np.float32)
+    return direction
+
+
+def _constant(direction: Tensor, queries: Tensor) -> Tensor:
+    """Answer every query alike, at its own length: what cosines flatter and ranks do not."""
+    answers: Tensor = queries.norm(dim=1, keepdim=True) * direction
+    return answers
 
 
 def _top1(matrices: Tensor, queries: Tensor, weights: Tensor) -> Tensor:
@@ -319,7 +356,7 @@ def _words(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
         ]
     words.append(_global_words(teacher.versus_global[1]))
     for name in names:
-        if name in (RAW, GLOBAL, TOP1, NLERP, TEACHER):
+        if name in (*SIMPLE, TEACHER):
             continue
         row = rows[name]
         lost = row.versus_teacher[1]

@@ -19,6 +19,7 @@ from core.distill.choosing import STRENGTHS, TEMPERATURES, Score, choose
 from core.distill.clustering import Report, centroids, cluster, unheard
 from core.distill.retrieval import Index
 from core.distill.routing import nearest
+from core.distill.splits import Split, split_clusters, split_rows
 from core.distill.teachers._federated import TOP_K
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.action import exp_action
@@ -59,43 +60,13 @@ class Prepared:
     """For the manifest: how it was prepared."""
 
 
-def split_rows(queries: Array, *, seed: int, test_fraction: float) -> tuple[Array, Array]:
-    """Split rows into training and held-out; equal queries stay on one side.
-
-    Queries are equal where float32, in which everything is computed, does not tell them apart.
-
-    Args:
-        queries: [n, d] floating.
-        seed: of the permutation.
-        test_fraction: of the distinct queries, in (0, 1); at least one on each side.
-
-    Returns:
-        Two ascending int64 arrays of row numbers.
-
-    Raises:
-        DataInvalid: fewer than two distinct queries.
-    """
-    if not 0 < test_fraction < 1:
-        raise SpecInvalid(
-            f"test_fraction {test_fraction}; allowed: above 0 and below 1", pointer="/test_fraction"
-        )
-    narrow = queries.astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
-    _, which = np.unique(narrow, axis=0, return_inverse=True)
-    distinct = int(which.max()) + 1
-    if distinct < 2:
-        raise DataInvalid("query_embeddings: all rows are equal; at least 2 distinct are needed")
-    count = min(max(1, round(test_fraction * distinct)), distinct - 1)
-    chosen = np.random.default_rng(seed).permutation(distinct)[:count]
-    held_out = np.isin(which, chosen)
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def prepare(
+def prepare(  # noqa: PLR0913 - what a job says, by keyword
     pairs: Pairs,
     clustering: Clustering,
     *,
     seed: int,
     test_fraction: float,
+    split: Split = "query",
     anchor: Anchor = "global",
     top_k: int = TOP_K,
     compat: Literal["legacy"] | None = None,
@@ -103,13 +74,22 @@ def prepare(
 ) -> Prepared:
     """Split, cluster the training targets, and fit the one global rotation.
 
+    Split by ``cluster``, all targets are clustered first, only to say what is held out together;
+    the model's own clusters are found among the training rows alone, as ever.
+
     ``compat="legacy"`` is document 000: clusters are fitted alone, on centred pairs. It is worse
     than not rotating at all, because a rotation is then arbitrary on every direction that the few
     pairs of a cluster do not span.
     """
     if compat == "legacy":
         anchor = "none"
-    train, held_out = split_rows(pairs.queries, seed=seed, test_fraction=test_fraction)
+    if split == "cluster":
+        whole = cluster(pairs.targets, clustering, seed, pairs.groups, report=report)
+        train, held_out = split_clusters(
+            pairs.queries, whole, seed=seed, test_fraction=test_fraction
+        )
+    else:
+        train, held_out = split_rows(pairs.queries, seed=seed, test_fraction=test_fraction)
     queries = pairs.queries[train].astype(np.float32)
     targets = pairs.targets[train].astype(np.float32)
     groups = None if pairs.groups is None else [pairs.groups[row] for row in train]
@@ -119,6 +99,7 @@ def prepare(
         "clustering": clustering.model_dump(),
         "compat": compat,
         "seed": seed,
+        "split": split,
         "test_fraction": test_fraction,
         "top_k": top_k,
     }
@@ -139,10 +120,17 @@ def prepare(
 def inner(prepared: Prepared, *, seed: int, fraction: float = 0.2) -> tuple[Prepared, Array]:
     """Hide a share of the training rows, to choose strength and temperature by.
 
+    Split as the whole was: by query, or whole clusters, which then have no row left to route to.
+
     Returns:
         The rest prepared as before (same clusters, the anchor fitted again), and the rows hidden.
     """
-    seen, hidden = split_rows(prepared.queries, seed=seed + 1, test_fraction=fraction)
+    if prepared.facts["split"] == "cluster" and prepared.clusters > 1:
+        seen, hidden = split_clusters(
+            prepared.queries, prepared.cluster_of, seed=seed + 1, test_fraction=fraction
+        )
+    else:
+        seen, hidden = split_rows(prepared.queries, seed=seed + 1, test_fraction=fraction)
     queries, targets = prepared.queries[seen], prepared.targets[seen]
     rest = Prepared(
         queries=queries,
@@ -282,6 +270,7 @@ def fit(  # noqa: PLR0913 - what a job's spec holds, by keyword
     *,
     seed: int,
     test_fraction: float = 0.2,
+    split: Split = "query",
     anchor: Anchor = "global",
     strength: float | None = None,
     temperature: float | None = None,
@@ -294,6 +283,7 @@ def fit(  # noqa: PLR0913 - what a job's spec holds, by keyword
         clustering,
         seed=seed,
         test_fraction=test_fraction,
+        split=split,
         anchor=anchor,
         top_k=top_k,
         compat=compat,

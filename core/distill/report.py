@@ -1,8 +1,9 @@
-"""Writes what was found: report.json, report.md and two pictures, the same bytes every time."""
+"""Writes what was found: report.json, report.md and pictures, the same bytes every time."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -12,13 +13,18 @@ from matplotlib import rc_context, rcParamsDefault
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from core.distill.evaluation import Evaluation, Row
+from core.distill.evaluation import TEACHER, Evaluation, Row
+from core.distill.selection import Selection
 
 P = ParamSpec("P")
+SMALLEST_ANGLE = 1e-3
+"""Degrees; what is nearer is drawn here, for a log scale has no zero."""
 INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
+LABELLED = 16
+"""Candidates up to which each has its name in the picture of their scores."""
 HEADER = (
     "| | hit@1 | hit@5 | hit@10 | hit@1 - raw (95 %) | hit@1 - global (95 %) "
-    "| hit@1 - teacher (95 %) | cosine | p5 | min | overlap@10 | gap closed | norm drift |"
+    "| hit@1 - teacher (95 %) | cosine | p5 | min | overlap@10 | gap closed | of raw | norm drift |"
 )
 
 
@@ -40,12 +46,14 @@ def write_report(
         facts: JSON values: settings, sizes.
 
     Returns:
-        Paths by name: report_json, report_md, hits_png and, with a history, loss_curve_png.
+        Paths by name: report_json, report_md, hits_png, cosines_png and, with a history,
+        loss_curve_png.
     """
     paths = {
         "report_json": folder / "report.json",
         "report_md": folder / "report.md",
         "hits_png": folder / "hits.png",
+        "cosines_png": folder / "cosines.png",
     }
     whole = {
         "title": title,
@@ -59,6 +67,7 @@ def write_report(
         markdown(evaluation, title=title, facts=facts, trained=bool(history)), encoding="utf-8"
     )
     draw_hits(paths["hits_png"], evaluation)
+    draw_cosines(paths["cosines_png"], evaluation)
     if history:
         paths["loss_curve_png"] = folder / "loss_curve.png"
         draw_loss(paths["loss_curve_png"], history)
@@ -83,7 +92,8 @@ def markdown(
         f"# {title}",
         "",
         f"{evaluation.queries} held-out queries{dropped}, searched among {evaluation.targets} "
-        "distinct targets. Cosine, overlap and gap are against the exact teacher.",
+        "distinct targets. Cosine, overlap and gap are against the exact teacher: the gap closed "
+        "of what one global rotation leaves, and of what the raw query leaves.",
         "",
         *(f"- {sentence}" for sentence in evaluation.words),
         "",
@@ -92,6 +102,8 @@ def markdown(
         *(_line(row) for row in evaluation.rows),
         "",
         "![hit@1, 5 and 10 of every row](hits.png)",
+        "",
+        "![angle to the exact teacher of every row](cosines.png)",
         "",
         *(("![loss and validation cosine per epoch](loss_curve.png)", "") if trained else ()),
     ]
@@ -156,6 +168,91 @@ def draw_hits(path: Path, evaluation: Evaluation) -> None:
     _save(figure, path)
 
 
+@_plain
+def draw_cosines(path: Path, evaluation: Evaluation) -> None:
+    """Draw how far every row is from the teacher, in degrees (log scale): mean, p95 and worst."""
+    rows = [row for row in evaluation.rows if row.name != TEACHER]
+    figure = Figure(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    angles = [
+        [max(_degrees(cosine), SMALLEST_ANGLE) for cosine in cosines]
+        for cosines in zip(*((r.cosine_mean, r.cosine_p5, r.cosine_min) for r in rows), strict=True)
+    ]
+    axes.hlines(places, angles[0], angles[2], color=QUIET, linewidth=2)
+    for values, mark, colour, label in zip(
+        angles, ("o", "|", "x"), (STRONG, INK, INK), ("mean cosine", "p5", "worst"), strict=True
+    ):
+        axes.plot(values, places, mark, color=colour, label=label, linestyle="none")
+    axes.set_yticks(places, [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="angle to the exact teacher, degrees")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def _degrees(cosine: float) -> float:
+    return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
+
+
+def draw_scores(path: Path, selection: Selection) -> None:
+    """Draw held-out log scores against parameters, one standard error each way.
+
+    The choice is marked, and the line that the rule of one standard error draws below the best.
+    """
+    lines = sorted(selection.lines, key=lambda line: line.parameters)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    sizes, scores = [line.parameters for line in lines], [line.log_score for line in lines]
+    errors = [line.standard_error or 0.0 for line in lines]
+    axes.errorbar(sizes, scores, errors, fmt="o", color=INK, ecolor=QUIET, capsize=3)
+    best = max(lines, key=lambda line: line.log_score)
+    least = best.log_score - (best.standard_error or 0.0)
+    axes.axhline(least, color=QUIET, linestyle="--", linewidth=1, label="best - 1 standard error")
+    chosen = selection.line(selection.chosen)
+    ring: dict[str, Any] = {
+        "s": 160,
+        "facecolors": "none",
+        "edgecolors": STRONG,
+        "linewidths": 2,
+        "zorder": 3,
+    }
+    axes.scatter([chosen.parameters], [chosen.log_score], label=f"take {chosen.name}", **ring)
+    told = lines if len(lines) <= LABELLED else [best, chosen]
+    for place, line in enumerate(told):
+        up = 8 if place % 2 == 0 else -14
+        at = (line.parameters, line.log_score)
+        axes.annotate(line.name, at, (6, up), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="free parameters", ylabel="held-out log score, nats a query")
+    if sizes[0] > 0 and sizes[-1] > 20 * sizes[0]:
+        axes.set_xscale("log")
+    axes.margins(x=0.15, y=0.12)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+@_plain
+def draw_explained(path: Path, explained: Sequence[float], *, together: float) -> None:
+    """Draw what each plane of a codebook explains as bars, and what all do as a line.
+
+    Args:
+        path: of the PNG.
+        explained: shares of single planes, in the codebook's order.
+        together: the share that all planes explain; below the sum where planes overlap.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if not any(explained):
+        axes.text(0.5, 0.5, "made from nothing: no share to show", ha="center", color=INK)
+        axes.set_axis_off()
+        _save(figure, path)
+        return
+    axes.bar(range(1, len(explained) + 1), explained, color=STRONG)
+    axes.set(xlabel="plane", ylabel="share of the squared bivectors")
+    figure.suptitle(f"{len(explained)} planes explain {100 * together:.1f} % together", color=INK)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG without its writer's version."""
     FigureCanvasAgg(figure)
@@ -172,7 +269,7 @@ def _line(row: Row) -> str:
         ),
         *(f"{value:.5f}" for value in (row.cosine_mean, row.cosine_p5, row.cosine_min)),
         f"{row.overlap:.4f}",
-        "-" if row.gap_closed is None else f"{row.gap_closed:.4f}",
+        *("-" if gap is None else f"{gap:.4f}" for gap in (row.gap_closed, row.gap_closed_raw)),
         f"{row.norm_drift:.1e}",
     ]
     return f"| {' | '.join(cells)} |"

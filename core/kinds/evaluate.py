@@ -88,8 +88,8 @@ def _teacher(spec: Spec, chunk: Chunk) -> TeacherModel:
     told = spec.teacher
     if told is None and spec.student is not None:
         told = parse_teacher(chunk.input("student").meta["teacher"])
-    teacher = load_teacher(chunk, chunk.input("model").sha256, told or Rotational())
-    return teacher if teacher.answers_new else teacher.knowing(_pairs(chunk))
+    pairs = chunk.input("pairs").sha256
+    return load_teacher(chunk, chunk.input("model").sha256, told or Rotational(), pairs=pairs)
 
 
 def _choose(spec: Spec, chunk: Chunk) -> ChunkResult:
@@ -158,7 +158,7 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     import numpy as np
 
     from core.distill.choosing import edges
-    from core.distill.evaluation import evaluate
+    from core.distill.evaluation import evaluate, how_split
     from core.distill.report import write_report
     from core.tensors import shards
 
@@ -169,13 +169,14 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     chunk.progress(0, 3)
     targets = _pairs(chunk).targets.astype("float32")
     trained = _student_facts(spec, chunk)
+    model = _teacher(spec, chunk).model
     found = evaluate(
         outputs,
         targets,
         rows,
         seed=spec.seed,
         dropped=dropped,
-        remarks=[*edges(_teacher(spec, chunk).model.manifest), *trained["words"]],
+        remarks=[*how_split(model.manifest), *edges(model.manifest), *trained["words"]],
     )
     chunk.progress(1, 3)
     files = write_report(
@@ -189,6 +190,7 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
         "report": Produced(files["report_json"], "report", "report.json", "application/json"),
         "report_md": Produced(files["report_md"], "report_md", "report.md", "text/markdown"),
         "hits": Produced(files["hits_png"], "picture", "hits.png", "image/png"),
+        "cosines": Produced(files["cosines_png"], "picture", "cosines.png", "image/png"),
     }
     if "loss_curve_png" in files:
         picture = Produced(files["loss_curve_png"], "picture", "loss_curve.png", "image/png")
@@ -226,14 +228,14 @@ def _speeds(spec: Spec, chunk: Chunk, rows: Array) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from core.distill.evaluation import RAW, baseline_maps, throughput
+    from core.distill.evaluation import MEAN, RAW, baseline_maps, throughput
     from core.distill.export import load_student
 
     teacher = _teacher(spec, chunk)
     batch = _pairs(chunk).queries[np.resize(rows, TIMED_ROWS)].astype("float32")
     queries = torch.from_numpy(batch).to(chunk.device)
     maps = baseline_maps(teacher, anchor=_global_rotation(teacher))
-    del maps[RAW]  # costs nothing
+    del maps[RAW], maps[MEAN]  # cost nothing
     if spec.student is not None:
         maps["student"] = load_student(_student_file(chunk)).to(chunk.device)
     speeds = {}
@@ -253,6 +255,7 @@ KIND = Kind(
         "report": "report",
         "report_md": "report_md",
         "hits": "picture",
+        "cosines": "picture",
         "loss_curve": "picture",
     },
 )

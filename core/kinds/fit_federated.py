@@ -46,7 +46,14 @@ class Spec(JobSpec):
         description="Neighbours a query routes through while choosing, kept in the model: a "
         "teacher that is told no top_k takes the same.",
     )
-    test_fraction: float = Field(0.2, gt=0, lt=0.9, description="Of the queries, never fitted on.")
+    test_fraction: float = Field(
+        0.2, gt=0, lt=0.9, description="Of the queries, never fitted on; by cluster about."
+    )
+    split: Literal["query", "cluster"] = Field(
+        "query",
+        description="What is held out together: single queries, or whole clusters of targets "
+        "(of the same clustering), so that what is judged is of a sort never fitted on.",
+    )
     compat: Literal["legacy"] | None = Field(
         None,
         description="'legacy' fits as document 000: centred, with no anchor whatever 'anchor' "
@@ -109,6 +116,7 @@ def _prepare(spec: Spec, chunk: Chunk) -> ChunkResult:
         spec.clustering,
         seed=spec.seed,
         test_fraction=spec.test_fraction,
+        split=spec.split,
         anchor=spec.anchor,
         top_k=spec.top_k,
         compat=spec.compat,

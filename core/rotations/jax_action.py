@@ -279,7 +279,8 @@ def _run(queries: Tensor, matrices: jax.Array, tiles: Tiles) -> Tensor:
     """Return [count, d]."""
     layout = jax.device_put(tiles.layout, device_of(queries.device))
     result = _compiled(tiles.at_once)(to_jax(tiles.start), matrices, layout)
-    return from_dlpack(result.block_until_ready())[: tiles.count]
+    answers: Tensor = from_dlpack(result.block_until_ready())
+    return answers[: tiles.count]
 
 
 @functools.cache

@@ -8,31 +8,85 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.base import Closed
+from core.specs.codebooks import MOST_PLANES, PLANES, CanonicalPlanes, Codebook, check_planes
 from core.specs.teachers import Weighing
 
 ROUTER_HIDDEN = 256
 """Width of a learnt router that is told none."""
+ROUTER_RANK = 128
+"""Rank of a projected router that is told none."""
 
 
 class Canonical(Closed):
-    """Document 000's own student: rotations in the fixed planes (2i, 2i+1).
+    """Document 000's own student: rotations in the planes of a codebook, by attention weights.
 
-    Kept for comparison: whatever it learns stays close to the identity (science of document 000).
+    On canonical planes it is kept for comparison: whatever it learns there stays close to the
+    identity (science of document 000). Planes made of the teacher's bivectors, a larger
+    ``angle_scale`` and ``bias: angle`` let it reach further.
     """
 
     name: Literal["canonical"] = "canonical"
-    n_components: int = Field(64, ge=1, le=4096, description="Canonical planes; at most d/2.")
+    transformer_type: Literal["additive", "composed", "bivector_blend"] = Field(
+        "composed",
+        description="How a layer turns by one weight per plane: 'additive' sums the plane "
+        "rotations by weight and puts the length right; 'composed' rotates in plane after plane; "
+        "'bivector_blend' is the exponential of the blend. Disjoint planes commute: on them the "
+        "last two are the same map.",
+    )
+    n_components: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_PLANES,
+        description=f"Canonical planes, at most d/2; null: {PLANES}, or the codebook's.",
+    )
+    codebook: Codebook | None = Field(
+        None,
+        description="Which planes; null: canonical ones. 'pca' and 'combined' are made of the "
+        "teacher's own bivectors, and the student then starts from q G as the teacher does.",
+    )
+    bias: Literal["none", "angle", "vector"] = Field(
+        "none",
+        description="'angle': a learnt constant angle per plane and layer. 'vector': a learnt "
+        "vector, times the length of the query, added before lengths are put right.",
+    )
     layers: int = Field(3, ge=1, le=32)
     heads: int = Field(4, ge=1, le=64)
+    angle_scale: float = Field(
+        1.0,
+        gt=0,
+        le=256,
+        description="Radians by which all of a layer's weight in one plane turns it; document "
+        "000's is 1.",
+    )
+    compat: Literal["legacy"] | None = Field(
+        None,
+        description="'legacy' adds document 000's learnt softplus scale, which changes lengths.",
+    )
+
+    @model_validator(mode="after")
+    def _planes_are_told_once(self) -> Canonical:
+        # Not model_fields_set: a stored job's spec names every field.
+        if self.codebook is not None and self.n_components is not None:
+            raise ValueError(
+                f"n_components {self.n_components} beside codebook: leave it null, the codebook "
+                "has its own"
+            )
+        if self.compat == "legacy" and self.angle_scale != 1.0:
+            raise ValueError(
+                f"angle_scale {self.angle_scale:g} with compat 'legacy'; allowed: 1, document 000's"
+            )
+        return self
+
+    def planes(self) -> Codebook:
+        """Return the codebook that is meant."""
+        return self.codebook or CanonicalPlanes(n_components=self.n_components or PLANES)
 
     def check_width(self, dim: int) -> None:
         """Raise SpecInvalid where the width has too few planes, or the heads do not divide it."""
-        if self.n_components > dim // 2:
-            raise SpecInvalid(
-                f"student.n_components {self.n_components}; width {dim} has {dim // 2} planes, "
-                f"allowed: 1 to {dim // 2}",
-                pointer="/student/n_components",
-            )
+        if self.codebook is None:
+            check_planes(self.planes().n_components, dim, "/student/n_components")
+        else:
+            self.codebook.check_width(dim, "/student/codebook")
         if dim % self.heads:
             raise SpecInvalid(
                 f"student.heads {self.heads} does not divide the width {dim}",
@@ -40,8 +94,56 @@ class Canonical(Closed):
             )
 
 
-class RotorProduct(Closed):
-    """``q G prod_c exp(w_c L_c / 2)``, forward then reversed, each factor in its own planes."""
+class Routing(Closed):
+    """How a student weighs the clusters of a query: shared by all that blend them.
+
+    ``exact`` is the teacher's own attention over its n training queries: 4 bytes per query and
+    dimension, 2 n d operations a query. ``projected`` is the same attention inside the principal
+    subspace of those queries, ``router_rank`` wide: 4 bytes per query and rank, 2 (n + d) rank
+    operations, no training; the more rank, the nearer to exact. ``learnt`` is a small network,
+    2 d (hidden + C) operations and the smallest, which has to be trained.
+    """
+
+    router: Literal["exact", "projected", "learnt"] = "learnt"
+    router_hidden: int | None = Field(
+        None,
+        ge=1,
+        le=8192,
+        description=f"Width of the learnt router; null: {ROUTER_HIDDEN}. The others have none.",
+    )
+    router_rank: int | None = Field(
+        None,
+        ge=1,
+        le=8192,
+        description=f"Dimensions the projected router searches in; null: {ROUTER_RANK}; all where "
+        "the width is less. The others have none.",
+    )
+
+    @model_validator(mode="after")
+    def _each_router_has_its_own(self) -> Routing:
+        # Not model_fields_set: a stored job's spec names every field.
+        owners = (("router_hidden", "learnt"), ("router_rank", "projected"))
+        for field, owner in owners:
+            value = getattr(self, field)
+            if self.router != owner and value is not None:
+                raise ValueError(
+                    f"{field} {value} is the {owner} router's: leave it null with router "
+                    f"{self.router!r}"
+                )
+        return self
+
+    def check_width(self, dim: int) -> None:
+        """Every width from 2 fits: it has dim // 2 planes, and all are kept where fewer."""
+        if dim < 2:
+            raise SpecInvalid(f"width {dim} has no plane to rotate in; allowed: 2 and more")
+
+
+class RotorProduct(Routing):
+    """``q G prod_c exp(w_c L_c / 2)``, forward then reversed, each factor in its own planes.
+
+    16 m C d operations a query with the learnt router; with the others, which weigh few clusters,
+    as much for those alone.
+    """
 
     name: Literal["rotor_product"] = "rotor_product"
     planes: int | None = Field(
@@ -52,45 +154,93 @@ class RotorProduct(Closed):
         "is less, or null. A plane costs "
         "8 bytes per cluster and dimension: 16 planes of 64 clusters at 384 dimensions are 3.1 MB.",
     )
-    router: Literal["exact", "learnt"] = "learnt"
-    router_hidden: int | None = Field(
-        None,
-        ge=1,
-        le=8192,
-        description=f"Width of the learnt router; null: {ROUTER_HIDDEN}. The exact one has none.",
-    )
     train_planes: bool = Field(
         default=False,
         description="Whether plane bases and angles are trained beside the learnt router. They "
         "start from the teacher's own, so it seldom pays for the time it takes (about 1.7 times). "
-        "With the exact router and false nothing is trained: losses and learning rate then say "
+        "With another router and false nothing is trained: losses and learning rate then say "
         "nothing, and one epoch judges the student.",
     )
 
-    @model_validator(mode="after")
-    def _exact_has_no_width(self) -> RotorProduct:
-        # Not model_fields_set: a stored job's spec names every field.
-        if self.router == "exact" and self.router_hidden is not None:
-            raise ValueError(
-                f"router_hidden {self.router_hidden} is the learnt router's: leave it null with "
-                "router 'exact'"
-            )
-        return self
+
+class NlerpGeodesic(Routing):
+    """``normalise(sum_c w_c q W_c)``, then a small learnt step along the sphere.
+
+    All clusters at once in two matrix products: 8 m C d operations a query with the learnt router
+    (half of rotor_product's), as much for the few clusters weighed with the others. The mean is
+    near the blend of logarithms where rotations are near each other, as those of an anchored model
+    are (gap closed 0.99); where they turn by up to pi (``compat`` legacy) it is not.
+    """
+
+    name: Literal["nlerp_geodesic"] = "nlerp_geodesic"
+    router: Literal["exact", "projected", "learnt"] = "projected"
+    planes: int | None = Field(
+        16,
+        ge=1,
+        le=4096,
+        description="Planes of G^T W_c kept per cluster, largest angles first; all dim // 2 where "
+        "that is less, or null. 8 bytes per cluster and dimension each.",
+    )
+    correction_hidden: int = Field(
+        0,
+        ge=0,
+        le=8192,
+        description="Width of the network that says the step; 8 bytes and 4 operations per unit "
+        "and dimension. 0: no step; then only a learnt router is trained. With 256 the step gained "
+        "0.002 of the gap behind the exact router and lost 0.007 behind the projected one.",
+    )
+
+
+class SharedSubspace(Routing):
+    """``q G exp(sum_c w_c U S_c U^T)``: every cluster rotates inside one learnt subspace U.
+
+    4 d r bytes for U and 2 C r (r - 1) for all S_c (r = 64, 64 clusters, 384 dimensions: 0.6 MB,
+    beside G and the router); 4 d r operations a query to go in and out, 2 C r^2 to blend, about
+    16 r^2 to turn. Orthogonal to rounding whatever it learns.
+    """
+
+    name: Literal["shared_subspace"] = "shared_subspace"
+    router: Literal["exact", "projected", "learnt"] = "projected"
+    subspace: int = Field(
+        64, ge=2, le=1024, description="r, dimensions of U; all where the width is less."
+    )
+
+
+class GeodesicAttention(Closed):
+    """Cross-attention from the query to learnt slots, a gated MLP, a step along the sphere.
+
+    Dense matrix products alone. S slots and h hidden units take 4 (S (d + C) + h (2 d + C) + d^2)
+    bytes, 5.8 MB for 1024 of each, 64 clusters and 384 dimensions, and half as many operations a
+    query.
+    """
+
+    name: Literal["geodesic_attention"] = "geodesic_attention"
+    slots: int = Field(
+        1024,
+        ge=1,
+        le=65_536,
+        description="Keys that start as training queries; all of those where there are fewer.",
+    )
+    hidden: int = Field(1024, ge=1, le=16_384, description="Width of the gated MLP.")
 
     def check_width(self, dim: int) -> None:
-        """Every width from 2 fits: it has dim // 2 planes, and all are kept where fewer."""
+        """Every width from 2 fits."""
         if dim < 2:
-            raise SpecInvalid(f"width {dim} has no plane to rotate in; allowed: 2 and more")
+            raise SpecInvalid(f"width {dim} has no direction to move in; allowed: 2 and more")
 
 
 def check_router(student: Closed, teacher: Weighing) -> None:
     """Raise SpecInvalid where a student copies a routing that the teacher does not have."""
-    if getattr(student, "router", None) == "exact" and teacher.routes_over != "queries":
+    router = getattr(student, "router", "learnt")
+    if router != "learnt" and teacher.routes_over != "queries":
         raise SpecInvalid(
-            f"student.router 'exact' copies a routing over training queries; this teacher routes "
-            f"over {teacher.routes_over}, allowed for it: 'learnt'",
+            f"student.router {router!r} copies a routing over training queries; this teacher "
+            f"routes over {teacher.routes_over}, allowed for it: 'learnt'",
             pointer="/student/router",
         )
 
 
-Student = Annotated[Canonical | RotorProduct, Field(discriminator="name")]
+Student = Annotated[
+    Canonical | RotorProduct | NlerpGeodesic | SharedSubspace | GeodesicAttention,
+    Field(discriminator="name"),
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,62 +13,51 @@ from core.distill.graph import Graph
 from core.distill.routing import nearest
 from core.distill.teachers._base import TeacherModel
 from core.errors import SpecInvalid
+from core.specs.students import ROUTER_HIDDEN, ROUTER_RANK, Routing
 
 START_SHARPNESS = 10.0
 """Inverse temperature over the centroids that an untrained learnt router starts from."""
+SPARE = 8
+"""Neighbours looked at beyond top_k in training, for those that are the query itself."""
+SAME = 1e-10
+"""Squared distance to a key, over the query's squared length, below which it is the query."""
 
 
-class ExactRouter(nn.Module):
-    """The teacher's own routing: softmax over the nearest training queries, merged by cluster."""
+class KeyRouter(nn.Module):
+    """Softmax over the nearest of some keys, merged by cluster."""
+
+    config: dict[str, Any]
+    takes_weights = has_weights = False
+    keys: Tensor
+    """[n, r]."""
+    cluster_of: Tensor
+    """[n] int64."""
 
     def __init__(
-        self, *, dim: int, rows: int, clusters: int, top_k: int, temperature: float
+        self, *, width: int, rows: int, clusters: int, top_k: int, temperature: float
     ) -> None:
         super().__init__()
-        self.config = {
-            "kind": "exact",
-            "dim": dim,
-            "rows": rows,
-            "clusters": clusters,
-            "top_k": top_k,
-            "temperature": temperature,
-        }
         self.clusters, self.top_k, self.temperature = clusters, min(top_k, rows), temperature
-        self.keys: Tensor
-        self.cluster_of: Tensor
-        self.register_buffer("keys", torch.zeros(rows, dim))
+        self.register_buffer("keys", torch.zeros(rows, width))
         self.register_buffer("cluster_of", torch.zeros(rows, dtype=torch.int64))
-
-    @classmethod
-    def of(cls, teacher: TeacherModel) -> ExactRouter:
-        """Copy the teacher's training queries."""
-        if teacher.routes_over != "queries":
-            raise SpecInvalid(
-                f"student.router 'exact' copies a routing over training queries; this teacher "
-                f"routes over {teacher.routes_over}: allowed for it: 'learnt'",
-                pointer="/student/router",
-            )
-        rows, dim = teacher.model.queries.shape
-        router = cls(
-            dim=dim,
-            rows=rows,
-            clusters=len(teacher.model.rotations),
-            top_k=teacher.top_k,
-            temperature=teacher.temperature,
-        )
-        router.keys.copy_(torch.from_numpy(teacher.model.queries))
-        router.cluster_of.copy_(torch.from_numpy(teacher.model.cluster_of))
-        return router
 
     def log_weights(self, queries: Tensor) -> Tensor:
         """[B, d] -> [B, C]; -inf where a cluster has no kept neighbour."""
-        rows, similarity = nearest(queries, self.keys, top_k=self.top_k)
-        weights = (similarity / self.temperature).softmax(dim=1)  # [B, k]
-        dense = weights.new_zeros(len(queries), self.clusters)
-        return dense.scatter_add(1, self.cluster_of[rows], weights).log()
+        rows, similarity = nearest(self.project(queries), self.keys, top_k=self.top_k)
+        return self._merged(rows, similarity)
+
+    def project(self, queries: Tensor) -> Tensor:
+        """Bring [B, d] queries to where the keys are: [B, r]."""
+        return queries
+
+    def emit_project(self, graph: Graph, queries: str) -> str:
+        """Add ``project`` to an ONNX graph."""
+        del graph
+        return queries
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Add the weights [B, C] to an ONNX graph."""
+        queries = self.emit_project(graph, queries)
         scores = graph.op("MatMul", queries, graph.constant(self.keys.T))
         values = graph.op("TopK", scores, graph.axes(self.top_k), outputs=2, axis=-1)
         rows = f"{values}.1"
@@ -78,6 +70,126 @@ class ExactRouter(nn.Module):
         shares = graph.op("Mul", same, graph.op("Unsqueeze", weights, graph.axes(2)))
         return graph.op("ReduceSum", shares, graph.axes(1), keepdims=0)
 
+    def _merged(self, rows: Tensor, similarity: Tensor) -> Tensor:
+        """[B, k] neighbours and inner products -> [B, C] log weights."""
+        weights = (similarity / self.temperature).softmax(dim=1)
+        dense = weights.new_zeros(len(rows), self.clusters)
+        return dense.scatter_add(1, self.cluster_of[rows], weights).log()
+
+
+class ExactRouter(KeyRouter):
+    """The teacher's own routing: all its training queries are the keys."""
+
+    takes_weights = True
+    """In training it takes the teacher's weights."""
+
+    def __init__(
+        self, *, dim: int, rows: int, clusters: int, top_k: int, temperature: float
+    ) -> None:
+        super().__init__(
+            width=dim, rows=rows, clusters=clusters, top_k=top_k, temperature=temperature
+        )
+        self.config = {
+            "kind": "exact",
+            "dim": dim,
+            "rows": rows,
+            "clusters": clusters,
+            "top_k": top_k,
+            "temperature": temperature,
+        }
+
+    @classmethod
+    def of(cls, teacher: TeacherModel) -> ExactRouter:
+        """Copy the teacher's training queries."""
+        rows, dim = teacher.model.queries.shape
+        router = cls(
+            dim=dim,
+            rows=rows,
+            clusters=len(teacher.model.rotations),
+            top_k=teacher.top_k,
+            temperature=teacher.temperature,
+        )
+        router.keys.copy_(torch.from_numpy(teacher.model.queries))
+        router.cluster_of.copy_(torch.from_numpy(teacher.model.cluster_of))
+        return router
+
+    def training_weights(self, queries: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take the teacher's weights: a training query must not find itself."""
+        del queries
+        return weights, None
+
+
+class ProjectedRouter(KeyRouter):
+    """The teacher's routing in the principal subspace of its training queries.
+
+    P holds the leading right singular vectors of the keys K, uncentred: of all rank r maps
+    (q P) (K P)^T is nearest to q K^T over the training queries (Eckart and Young 1936). Nothing
+    is trained. On the WordNet pairs 128 of 384 dimensions keep 79 % of the squared length, and
+    the blend closes 0.93 of the gap; 64 close 0.86.
+    """
+
+    def __init__(
+        self, *, dim: int, rank: int, rows: int, clusters: int, top_k: int, temperature: float
+    ) -> None:
+        super().__init__(
+            width=rank, rows=rows, clusters=clusters, top_k=top_k, temperature=temperature
+        )
+        self.config = {
+            "kind": "projected",
+            "dim": dim,
+            "rank": rank,
+            "rows": rows,
+            "clusters": clusters,
+            "top_k": top_k,
+            "temperature": temperature,
+        }
+        self.projection: Tensor
+        self.register_buffer("projection", torch.zeros(dim, rank))
+
+    @classmethod
+    def of(cls, teacher: TeacherModel, *, rank: int) -> ProjectedRouter:
+        """Project the teacher's training queries; ``rank`` is cut to their width."""
+        rows, dim = teacher.model.queries.shape
+        router = cls(
+            dim=dim,
+            rank=min(rank, dim),
+            rows=rows,
+            clusters=len(teacher.model.rotations),
+            top_k=teacher.top_k,
+            temperature=teacher.temperature,
+        )
+        queries = torch.from_numpy(teacher.model.queries).double()
+        vectors = torch.linalg.eigh(queries.T @ queries).eigenvectors.flip(1)  # descending
+        projection = vectors[:, : min(rank, dim)]
+        router.projection.copy_(projection)
+        router.keys.copy_(queries @ projection)
+        router.cluster_of.copy_(torch.from_numpy(teacher.model.cluster_of))
+        return router
+
+    def project(self, queries: Tensor) -> Tensor:
+        """[B, d] -> [B, r]."""
+        return queries @ self.projection
+
+    def emit_project(self, graph: Graph, queries: str) -> str:
+        """Add ``project`` to an ONNX graph."""
+        return graph.op("MatMul", queries, graph.constant(self.projection))
+
+    def training_weights(self, queries: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Route as ever, but past the query itself and its duplicates.
+
+        Not by the teacher's weights: what is trained behind this router should see its errors. A
+        query all of whose nearest keys are itself keeps them.
+        """
+        del weights
+        asked = self.project(queries)
+        count = min(self.top_k + SPARE, len(self.keys))
+        rows, similarity = nearest(asked, self.keys, top_k=count)
+        apart = (asked[:, None] - self.keys[rows]).square().sum(-1)  # [B, count]
+        same = apart <= SAME * asked.square().sum(-1, keepdim=True)
+        same &= ~same.all(1, keepdim=True)
+        similarity, kept = similarity.masked_fill(same, -torch.inf).topk(self.top_k, dim=1)
+        return self._merged(rows.gather(1, kept), similarity).exp(), None
+
 
 class LearntRouter(nn.Module):
     """Softmax over clusters of a linear map plus one hidden layer: d - hidden - C.
@@ -85,6 +197,10 @@ class LearntRouter(nn.Module):
     It sees queries over the length the training queries have on average (root mean square), so
     that the same data in other units trains the same router.
     """
+
+    takes_weights = False
+    has_weights = True
+    """Its weights are its own, to be compared with the teacher's."""
 
     def __init__(self, *, dim: int, hidden: int, clusters: int) -> None:
         super().__init__()
@@ -120,6 +236,12 @@ class LearntRouter(nn.Module):
         logits = self.straight(scaled) + self.down(hidden)
         return functional.log_softmax(logits, dim=-1)
 
+    def training_weights(self, queries: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Route as ever; the log weights are there to be taught."""
+        del weights
+        log_weights = self.log_weights(queries)
+        return log_weights.exp(), log_weights
+
     def emit(self, graph: Graph, queries: str) -> str:
         """Add the weights [B, C] to an ONNX graph."""
         scaled = graph.op("Div", queries, graph.constant(self.length))
@@ -128,3 +250,43 @@ class LearntRouter(nn.Module):
             "Add", graph.linear(self.straight, scaled), graph.linear(self.down, hidden)
         )
         return graph.op("Softmax", logits, axis=-1)
+
+
+Router = ExactRouter | ProjectedRouter | LearntRouter
+KINDS: Mapping[str, type[Router]] = {
+    "exact": ExactRouter,
+    "projected": ProjectedRouter,
+    "learnt": LearntRouter,
+}
+
+
+def build_router(spec: Routing, teacher: TeacherModel, seed: int) -> Router:
+    """Build the router a spec asks for, from the teacher.
+
+    Raises:
+        SpecInvalid: it copies a routing that the teacher does not have.
+    """
+    if spec.router != "learnt" and teacher.routes_over != "queries":
+        raise SpecInvalid(
+            f"student.router {spec.router!r} copies a routing over training queries; this teacher "
+            f"routes over {teacher.routes_over}: allowed for it: 'learnt'",
+            pointer="/student/router",
+        )
+    if spec.router == "exact":
+        return ExactRouter.of(teacher)
+    if spec.router == "projected":
+        return ProjectedRouter.of(teacher, rank=spec.router_rank or ROUTER_RANK)
+    return LearntRouter.of(teacher, hidden=spec.router_hidden or ROUTER_HIDDEN, seed=seed)
+
+
+def restore_router(config: Mapping[str, Any]) -> Router:
+    """Build a router from a saved config, on zeros.
+
+    Raises:
+        SpecInvalid: no such kind.
+    """
+    values = {key: value for key, value in config.items() if key != "kind"}
+    kind = str(config.get("kind"))
+    if kind not in KINDS:
+        raise SpecInvalid(f"config.router.kind {kind!r}; allowed: {', '.join(KINDS)}")
+    return KINDS[kind](**values)

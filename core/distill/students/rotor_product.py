@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule, keep_length
-from core.distill.students._routers import ExactRouter, LearntRouter
+from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
-from core.errors import SpecInvalid
-from core.rotations.planes import PlaneFactors, plane_factors
-from core.specs.students import ROUTER_HIDDEN, RotorProduct
+from core.rotations.planes import leading_planes
+from core.specs.students import RotorProduct
 
 BLOCK_ROWS = 2048
 """Queries mapped at a time where no gradient is kept."""
@@ -32,7 +31,7 @@ class RotorProductStudent(StudentModule):
 
     def __init__(
         self,
-        router: ExactRouter | LearntRouter,
+        router: Router,
         *,
         dim: int,
         clusters: int,
@@ -49,6 +48,7 @@ class RotorProductStudent(StudentModule):
             "router": router.config,
         }
         self.router = router
+        self.takes_weights, self.has_router = router.takes_weights, router.has_weights
         self.anchor: Tensor
         self.register_buffer("anchor", torch.eye(dim))
         self.bases = nn.Parameter(torch.zeros(clusters, dim, 2 * planes), train_planes)
@@ -70,12 +70,9 @@ class RotorProductStudent(StudentModule):
         return torch.cat(parts)
 
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
-        """Map training queries; the exact router takes the teacher's own weights."""
-        if isinstance(self.router, ExactRouter):
-            return Routed(keep_length(self._rotate(queries, weights), queries))
-        log_weights = self.router.log_weights(queries)
-        turned = self._rotate(queries, log_weights.exp())
-        return Routed(keep_length(turned, queries), log_weights)
+        """Map training queries, routed as their router does in training."""
+        weights, log_weights = self.router.training_weights(queries, weights)
+        return Routed(keep_length(self._rotate(queries, weights), queries), log_weights)
 
     def retract(self) -> None:
         """Make the planes' columns orthonormal again, by the QR of their Gram matrix's root."""
@@ -86,6 +83,17 @@ class RotorProductStudent(StudentModule):
     def gentle(self) -> list[nn.Parameter]:
         """Bases and angles."""
         return [self.bases, self.angles] if self.bases.requires_grad else []
+
+    def free_parameters(self) -> int:
+        """Count the router, and per cluster the dimension of m planes at right angles with angles.
+
+        2 (d - 2) for where a plane lies, 4 less for each next one, and an angle each: together
+        m (2 d - 2 m - 1), which for all planes is d (d - 1) / 2, that of so(d).
+        """
+        _, dim, columns = self.bases.shape
+        planes = columns // 2
+        router = sum(value.numel() for value in self.router.parameters())
+        return router + len(self.bases) * planes * (2 * dim - 2 * planes - 1)
 
     def _rotate(self, queries: Tensor, weights: Tensor) -> Tensor:
         return strang_product(queries @ self.anchor, weights, self.bases, self.angles)
@@ -114,28 +122,6 @@ def orthonormal(bases: Tensor) -> Tensor:
     root = torch.linalg.cholesky(bases.mT @ bases)  # lower: B^T B = R^T R
     columns: Tensor = torch.linalg.solve_triangular(root.mT, bases, upper=True, left=False)
     return columns
-
-
-def leading_planes(bivectors: Tensor, planes: int) -> PlaneFactors:
-    """Split off the planes of largest angle, looking only where they lie.
-
-    Most angles of a rotation fitted to few pairs are zero, and telling those planes apart is most
-    of the work of ``plane_factors``. Planes whose angles agree with the first one left out may be
-    mixed with it: no selection among equals is better.
-
-    Args:
-        bivectors: [C, d, d] skew.
-        planes: m, at most d // 2.
-    """
-    bases, angles = [], []
-    for bivector in bivectors.double():
-        span = torch.linalg.eigh(bivector.T @ bivector).eigenvectors[:, -2 * planes :]  # [d, 2m]
-        inside = span.T @ bivector @ span
-        found = plane_factors(((inside - inside.T) / 2)[None])
-        bases.append(span @ found.bases[0])
-        angles.append(found.angles[0])
-    dtype = bivectors.dtype
-    return PlaneFactors(torch.stack(bases).to(dtype), torch.stack(angles).to(dtype))
 
 
 def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:
@@ -170,13 +156,12 @@ def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductS
     """Take G and the planes from the teacher, and its routing where that is exact."""
     clusters, dim, _ = teacher.bivectors.shape
     planes = dim // 2 if spec.planes is None else min(spec.planes, dim // 2)
-    router: ExactRouter | LearntRouter
-    if spec.router == "exact":
-        router = ExactRouter.of(teacher)
-    else:
-        router = LearntRouter.of(teacher, hidden=spec.router_hidden or ROUTER_HIDDEN, seed=seed)
     student = RotorProductStudent(
-        router, dim=dim, clusters=clusters, planes=planes, train_planes=spec.train_planes
+        build_router(spec, teacher, seed),
+        dim=dim,
+        clusters=clusters,
+        planes=planes,
+        train_planes=spec.train_planes,
     )
     factors = leading_planes(teacher.bivectors.cpu(), planes)
     with torch.no_grad():
@@ -189,13 +174,8 @@ def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductS
 
 def restore(config: Mapping[str, Any]) -> RotorProductStudent:
     """Build from a saved config, on zeros."""
-    kinds = {"exact": ExactRouter, "learnt": LearntRouter}
     values = {key: value for key, value in config.items() if key not in ("name", "router")}
-    routing = dict(config["router"])
-    kind = routing.pop("kind")
-    if kind not in kinds:
-        raise SpecInvalid(f"config.router.kind {kind!r}; allowed: {', '.join(kinds)}")
-    return RotorProductStudent(kinds[kind](**routing), **values)
+    return RotorProductStudent(restore_router(config["router"]), **values)
 
 
 STUDENT = Student(spec=RotorProduct, build=build, restore=restore)

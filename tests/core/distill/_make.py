@@ -14,7 +14,13 @@ from core.distill.curriculum import TrainingData, training_data
 from core.distill.students._base import StudentModule, build_student
 from core.distill.teachers.rotational import RotationalTeacher
 from core.specs.clusterings import KMeans
-from core.specs.students import Canonical, RotorProduct
+from core.specs.students import (
+    Canonical,
+    GeodesicAttention,
+    NlerpGeodesic,
+    RotorProduct,
+    SharedSubspace,
+)
 from core.specs.teachers import Rotational
 from core.specs.training import Training
 from core.tensors.formats import Federated, Pairs
@@ -24,7 +30,12 @@ DIM, ROWS, CLUSTERS = 12, 160, 4
 
 SMALL_STUDENTS = {
     "canonical": Canonical(n_components=4, layers=2, heads=3),
+    "geodesic_attention": GeodesicAttention(slots=32, hidden=48),
+    "nlerp_geodesic": NlerpGeodesic(
+        router="learnt", router_hidden=16, planes=3, correction_hidden=8
+    ),
     "rotor_product": RotorProduct(planes=3, router_hidden=16),
+    "shared_subspace": SharedSubspace(router="learnt", router_hidden=16, subspace=6),
 }
 """One spec per student file; the suites run over the registry and find theirs here."""
 
@@ -109,7 +120,7 @@ def make_data(training: Training) -> TrainingData:
 
 
 def make_student(name: str, *, seed: int = 0, **changes: object) -> StudentModule:
-    if changes.get("router") == "exact":
+    if changes.get("router", "learnt") != "learnt":
         changes = {"router_hidden": None, **changes}
     spec = SMALL_STUDENTS[name].model_copy(update=dict(changes))
     return build_student(spec, make_teacher(), seed)

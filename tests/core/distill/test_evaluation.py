@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from core.distill import evaluation as judged
-from core.distill.evaluation import Evaluation, baselines, evaluate, held_out, student_vectors
+from core.distill.evaluation import (
+    GLOBAL,
+    MEAN,
+    RAW,
+    TEACHER,
+    Evaluation,
+    baselines,
+    evaluate,
+    held_out,
+    how_split,
+    mean_direction,
+    student_vectors,
+)
 from core.distill.report import write_report
 from core.distill.retrieval import Index, row_cosines
 from core.errors import DataInvalid, SpecInvalid
@@ -38,6 +50,7 @@ def test_the_rows_stand_in_order_and_the_teacher_is_its_own_measure() -> None:
     found = make_evaluation()
     assert [row.name for row in found.rows] == [
         "raw",
+        "mean target",
         "global rotation",
         "top-1 W",
         "nlerp",
@@ -220,7 +233,8 @@ def test_reports_are_the_same_bytes_every_time(tmp_path: Path) -> None:
         written.append({key: path.read_bytes() for key, path in paths.items()})
 
     assert written[0] == written[1]
-    assert set(written[0]) == {"report_json", "report_md", "hits_png", "loss_curve_png"}
+    pictures = {"hits_png", "cosines_png", "loss_curve_png"}
+    assert set(written[0]) == {"report_json", "report_md", *pictures}
     assert written[0]["hits_png"].startswith(b"\x89PNG")
     parsed = json.loads(written[0]["report_json"])
     assert parsed["evaluation"]["rows"][0]["hits"].keys() == {"1", "5", "10"}
@@ -232,3 +246,31 @@ def test_reports_are_the_same_bytes_every_time(tmp_path: Path) -> None:
 def test_throughput_is_measured() -> None:
     speed = judged.throughput(make_student("rotor_product"), torch.ones(8, 12), seconds=0.01)
     assert speed > 0
+
+
+def test_a_constant_answer_has_a_cosine_and_finds_nothing() -> None:
+    """The null row: what of a cosine is owed to the mean all targets share."""
+    row = make_evaluation().row(MEAN)
+    pairs = make_pairs()
+    units = pairs.targets / np.linalg.norm(pairs.targets, axis=1, keepdims=True)
+    assert row.hits[1] <= 2 / len(pairs.targets) * 10
+    assert row.norm_drift < 1e-6
+    direction = mean_direction(pairs.targets)
+    assert (units @ direction).mean() == pytest.approx(np.linalg.norm(units.mean(axis=0)), abs=1e-5)
+    opposite = np.concatenate([units, -units])
+    assert np.array_equal(mean_direction(opposite), units[0].astype(np.float32))
+
+
+def test_the_gap_to_the_raw_query_is_closed_from_zero_to_one() -> None:
+    found = make_evaluation()
+    assert found.row(RAW).gap_closed_raw == pytest.approx(0)
+    assert found.row(TEACHER).gap_closed_raw == pytest.approx(1)
+    shares = [found.row(name).gap_closed_raw for name in (GLOBAL, "student")]
+    start = found.row(RAW).cosine_mean
+    for name, share in zip((GLOBAL, "student"), shares, strict=True):
+        assert share == pytest.approx((found.row(name).cosine_mean - start) / (1 - start))
+
+
+def test_a_split_by_cluster_is_told() -> None:
+    assert how_split({"split": "query"}) == how_split({}) == []
+    assert "whole clusters" in how_split({"split": "cluster"})[0]

@@ -17,7 +17,9 @@ from core.errors import DataInvalid
 from tests.core.distill._make import make_student, some_queries
 
 CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in students()] + [
-    ("rotor_product", {"router": "exact"})
+    (name, {"router": router})
+    for name in ("nlerp_geodesic", "rotor_product", "shared_subspace")
+    for router in ("exact", "projected")
 ]
 every_case = pytest.mark.parametrize(("name", "changes"), CASES)
 

@@ -27,36 +27,6 @@ def prepared(**changes: Any) -> fitting.Prepared:
     return fitting.prepare(make_pairs(), CLUSTERING, **values)
 
 
-def test_equal_queries_stay_on_one_side() -> None:
-    queries = np.random.default_rng(0).normal(size=(40, 3))[np.arange(100) % 40]
-
-    train, held_out = fitting.split_rows(queries, seed=1, test_fraction=0.25)
-
-    assert sorted([*train, *held_out]) == list(range(100))
-    seen = {row.tobytes() for row in queries[train]}
-    assert not any(row.tobytes() in seen for row in queries[held_out])
-    assert len({row.tobytes() for row in queries[held_out]}) == 10
-
-
-def test_queries_that_float32_does_not_tell_apart_are_equal() -> None:
-    queries = np.random.default_rng(0).normal(size=(20, 3))
-    queries[:, 0] = 0.0
-    twins = np.concatenate([queries, queries * (1 + 1e-12)])
-    twins[20:, 0] = -0.0
-
-    train, held_out = fitting.split_rows(twins, seed=1, test_fraction=0.25)
-
-    assert not set(train % 20) & set(held_out % 20)
-    assert len(held_out) == 10
-
-
-def test_one_distinct_query_cannot_be_split() -> None:
-    with pytest.raises(DataInvalid, match="all rows are equal"):
-        fitting.split_rows(np.ones((5, 3)), seed=0, test_fraction=0.2)
-    with pytest.raises(SpecInvalid, match=r"test_fraction 1\.0"):
-        fitting.split_rows(np.eye(3), seed=0, test_fraction=1.0)
-
-
 def test_blocks_of_clusters_are_the_whole() -> None:
     found = prepared()
     parts = [

@@ -15,7 +15,14 @@ from core.errors import DataInvalid, SpecInvalid
 from core.rotations.planes import rotate_in_planes
 from core.specs.students import ROUTER_HIDDEN, RotorProduct
 from core.specs.teachers import Rotational
-from tests.core.distill._make import CLUSTERS, DIM, make_student, make_teacher, some_queries
+from tests.core.distill._make import (
+    CLUSTERS,
+    DIM,
+    SMALL_STUDENTS,
+    make_student,
+    make_teacher,
+    some_queries,
+)
 
 every_student = pytest.mark.parametrize("name", students())
 
@@ -29,7 +36,8 @@ def test_a_student_keeps_lengths(name: str) -> None:
 
 @every_student
 def test_an_empty_batch_is_an_empty_answer(name: str) -> None:
-    for changes in ({}, {"router": "exact"} if name == "rotor_product" else {}):
+    routed = "router" in SMALL_STUDENTS[name].model_dump()
+    for changes in ({}, *([{"router": "exact"}, {"router": "projected"}] if routed else [])):
         student = make_student(name, **changes)
         assert student(torch.zeros(0, DIM)).shape == (0, DIM)
         with torch.no_grad():

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from core.distill.students._base import build_student
+from core.distill.students._routers import ProjectedRouter, restore_router
+from core.distill.teachers.rotational import RotationalTeacher
+from core.errors import SpecInvalid
+from core.specs.students import ROUTER_RANK, NlerpGeodesic, RotorProduct
+from core.specs.teachers import Rotational
+from tests.core.distill._make import (
+    DIM,
+    doubled,
+    make_model,
+    make_student,
+    make_teacher,
+    some_queries,
+)
+
+
+def exact_weights(queries: torch.Tensor) -> torch.Tensor:
+    dense: torch.Tensor = make_teacher().mixture(queries).dense()
+    return dense
+
+
+def test_a_projected_router_of_full_rank_is_exact() -> None:
+    router = ProjectedRouter.of(make_teacher(), rank=DIM)
+    found = router.log_weights(some_queries()).exp()
+    torch.testing.assert_close(found, exact_weights(some_queries()), rtol=0, atol=1e-5)
+
+
+def test_more_rank_routes_nearer_to_the_teacher() -> None:
+    wanted = exact_weights(some_queries())
+    apart = [
+        float(
+            (ProjectedRouter.of(make_teacher(), rank=rank).log_weights(some_queries()).exp())
+            .sub(wanted)
+            .abs()
+            .sum()
+        )
+        for rank in (2, 6, 11)
+    ]
+    assert apart[0] > apart[1] > apart[2] > 0
+
+
+def test_the_projection_keeps_what_an_svd_of_the_keys_keeps() -> None:
+    router = ProjectedRouter.of(make_teacher(), rank=5)
+    keys = torch.from_numpy(make_model().queries).double()
+    kept = torch.linalg.svdvals(keys)[:5].square().sum()
+    assert float(router.keys.double().square().sum()) == pytest.approx(float(kept), rel=1e-5)
+    eye = router.projection.T @ router.projection
+    torch.testing.assert_close(eye, torch.eye(5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_in_training_a_query_does_not_find_itself_nor_its_duplicates(*, twice: bool) -> None:
+    model = doubled(make_model()) if twice else make_model()
+    teacher = RotationalTeacher(model, Rotational())
+    router = ProjectedRouter.of(teacher, rank=DIM)
+    queries = torch.from_numpy(model.queries)
+    own = torch.from_numpy(teacher.own_rows(model.queries))
+
+    weights, taught = router.training_weights(queries, torch.zeros(len(queries), 1))
+
+    wanted = teacher.mixture(queries, exclude_rows=own).dense()
+    torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-5)
+    assert taught is None
+    assert (weights - router.log_weights(queries).exp()).abs().max() > 0.01
+
+
+def test_a_query_whose_every_key_is_itself_keeps_them() -> None:
+    model = make_model()
+    same = replace(model, queries=np.repeat(model.queries[:1], len(model.queries), axis=0))
+    router = ProjectedRouter.of(RotationalTeacher(same, Rotational()), rank=DIM)
+    weights, _ = router.training_weights(torch.from_numpy(same.queries[:3]), torch.zeros(3, 1))
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+
+
+def test_each_router_has_its_own_option_and_a_stored_spec_comes_back() -> None:
+    with pytest.raises(ValidationError, match="router_rank 8 is the projected router's"):
+        RotorProduct(router="learnt", router_rank=8)
+    with pytest.raises(ValidationError, match="router_hidden 8 is the learnt router's"):
+        NlerpGeodesic(router="projected", router_hidden=8)
+    for spec in (NlerpGeodesic(), NlerpGeodesic(router_rank=8), NlerpGeodesic(router="exact")):
+        assert NlerpGeodesic.model_validate(spec.model_dump(mode="json")) == spec
+    built = build_student(NlerpGeodesic(planes=2), make_teacher(), 0)
+    assert built.get_buffer("router.projection").shape == (DIM, min(DIM, ROUTER_RANK))
+
+
+def test_every_blending_student_takes_every_router() -> None:
+    for name in ("nlerp_geodesic", "rotor_product", "shared_subspace"):
+        for router in ("exact", "projected", "learnt"):
+            student = make_student(name, router=router)
+            assert student.config["router"]["kind"] == router
+            lengths = student(some_queries()).norm(dim=1)
+            torch.testing.assert_close(lengths, some_queries().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_an_unknown_router_is_refused() -> None:
+    with pytest.raises(SpecInvalid, match="'oracle'; allowed: exact, projected, learnt"):
+        restore_router({"kind": "oracle"})
