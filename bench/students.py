@@ -201,7 +201,8 @@ def train_mlp(teacher: RotationalTeacher, targets: Tensor, *, seed: int) -> Stud
 def megabytes(student: StudentModule) -> float:
     """Bytes of all its tensors, in MB: what a weight file holds beside a short header."""
     tensors = student.state_dict().values()
-    return sum(value.numel() * value.element_size() for value in tensors) / 1e6
+    size: float = sum(value.numel() * value.element_size() for value in tensors) / 1e6
+    return size
 
 
 def batch_of(queries: Array) -> Tensor:

@@ -278,7 +278,7 @@ def restore_router(config: Mapping[str, Any]) -> Router:
         SpecInvalid: no such kind.
     """
     values = {key: value for key, value in config.items() if key != "kind"}
-    kind = config.get("kind")
+    kind = str(config.get("kind"))
     if kind not in KINDS:
         raise SpecInvalid(f"config.router.kind {kind!r}; allowed: {', '.join(KINDS)}")
     return KINDS[kind](**values)

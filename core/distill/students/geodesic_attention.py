@@ -69,7 +69,7 @@ class GeodesicAttentionStudent(StudentModule):
 
     def gentle(self) -> list[nn.Parameter]:
         """What goes into the step: its entries are a few hundredths."""
-        return [self.up.weight, self.down.weight]
+        return [*self.up.parameters(), *self.down.parameters()]
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Add ``forward`` to an ONNX graph."""

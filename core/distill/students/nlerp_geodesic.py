@@ -129,8 +129,8 @@ def turned(bases: Tensor, angles: Tensor) -> Tensor:
 
 def _sum(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
     """Sum over all clusters: [B, d]; two products, and the weights between them."""
-    dim = x.shape[1]
-    coordinates = (x @ bases.reshape(-1, dim).T).unflatten(1, bases.shape[:2])  # [B, C, 2m]
+    clusters, width, dim = bases.shape
+    coordinates = (x @ bases.reshape(-1, dim).T).view(-1, clusters, width)  # [B, C, 2m]
     return x + (coordinates * weights[:, :, None]).flatten(1) @ back.reshape(-1, dim)
 
 
