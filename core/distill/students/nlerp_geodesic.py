@@ -131,7 +131,9 @@ def _sum(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
     """Sum over all clusters: [B, d]; two products, and the weights between them."""
     clusters, width, dim = bases.shape
     coordinates = (x @ bases.reshape(-1, dim).T).view(-1, clusters, width)  # [B, C, 2m]
-    return x + (coordinates * weights[:, :, None]).flatten(1) @ back.reshape(-1, dim)
+    weighed = (coordinates * weights[:, :, None]).flatten(1)
+    total: Tensor = x + weighed @ back.reshape(-1, dim)
+    return total
 
 
 def _sum_sparse(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
