@@ -201,8 +201,7 @@ def train_mlp(teacher: RotationalTeacher, targets: Tensor, *, seed: int) -> Stud
 def megabytes(student: StudentModule) -> float:
     """Bytes of all its tensors, in MB: what a weight file holds beside a short header."""
     tensors = student.state_dict().values()
-    size: float = sum(value.numel() * value.element_size() for value in tensors) / 1e6
-    return size
+    return float(sum(value.numel() * value.element_size() for value in tensors)) / 1e6
 
 
 def batch_of(queries: Array) -> Tensor:

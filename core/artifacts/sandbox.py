@@ -40,7 +40,7 @@ class Imported:
     path: Path
     """In the working folder, under a made-up name."""
     format: str
-    """``pairs`` or ``federated_model``."""
+    """``pairs``, ``federated_model``, ``bivectors_cache`` or ``targets_cache``."""
     file_name: str
     """The name a person gets when downloading; never part of a path."""
     media_type: str

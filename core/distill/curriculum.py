@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ NOISE = 0.1
 """Length of the tangent noise on a made query, of its own length."""
 MADE_ROWS = 1024
 """Made queries the teacher answers at a time."""
+ANSWERED_ROWS = 1024
+"""Training queries the teacher answers at a time: as where targets are cached."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Examples:
     """[R, d] float32."""
     teacher: Tensor
     """[R, d] float32 targets."""
-    mixture: Mixture
-    """The teacher's weights."""
+    mixture: Mixture | None
+    """The teacher's weights; None where nobody asked for them."""
     candidates: Tensor
     """[R, d] float32: true targets to retrieve among (a made query has its first parent's)."""
 
@@ -47,15 +50,60 @@ class TrainingData:
 
     teacher: TeacherModel
     real: Examples
-    """[n]: all training queries, none routed through itself or its duplicates."""
+    """[n]: all training queries, none routed through itself or its duplicates; without weights."""
     train: Tensor
     """[t] int64 rows of ``real``."""
     validation: Tensor
     """[v] int64 rows of ``real``, never trained on nor mixed from; nor are their duplicates."""
-    neighbours: Tensor
-    """[n, k] int64: rows among ``train`` of the nearest other queries, one row for each."""
+    shown: Tensor
+    """[s] int64: the first row of every distinct query among ``train``."""
     same: Tensor
     """[n] int64: the first row of ``real`` with the same query; what a row must exclude."""
+
+    # What costs as much as routing every query is computed where it is asked for first: a student
+    # without a router needs no weights, a training without made queries no neighbours.
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The teacher's weights of ``real``, float32."""
+        found = self.teacher.mixture(self.real.queries, exclude_rows=self.same)
+        return Mixture(found.offsets, found.clusters, found.weights.float(), found.cluster_count)
+
+    @cached_property
+    def neighbours(self) -> Tensor:
+        """[n, k] int64: rows among ``train`` of the nearest other queries, one row for each."""
+        position = torch.full((len(self.same),), -1, device=self.same.device)
+        position[self.shown] = torch.arange(len(self.shown), device=self.same.device)
+        at, _ = nearest(
+            self.real.queries,
+            self.real.queries[self.shown],
+            top_k=min(NEIGHBOURS, len(self.shown) - 1),
+            exclude_rows=position[self.same],
+        )
+        return self.shown[at]
+
+    @cached_property
+    def centroids(self) -> Examples:
+        """The clusters' centroids and what the teacher answers to each, float32.
+
+        A centroid is no training query, so it excludes none, unless it equals one. Left out are
+        the clusters of which every query is held out, and centroids at the origin, which have no
+        direction. There are no true targets to retrieve: its answers stand for them.
+
+        Raises:
+            DataInvalid: none is left.
+        """
+        model, device = self.teacher.model, self.real.queries.device
+        found = torch.from_numpy(model.centroids).to(device)
+        cluster_of = torch.from_numpy(model.cluster_of).to(device)
+        left = cluster_of[self.train].bincount(minlength=len(found)) > 0
+        queries = found[left & (found.norm(dim=1) > 0)]
+        if not len(queries):
+            raise DataInvalid("centroids: all are zero; at least one is needed to train on them")
+        own = torch.from_numpy(self.teacher.own_rows(queries.cpu().numpy())).to(device)
+        mixture = self.teacher.mixture(queries, exclude_rows=own)
+        vectors = self.teacher.targets(queries, exclude_rows=own).float()
+        return Examples(queries, vectors, concatenate([mixture]), candidates=vectors)
 
     def made(
         self, count: int, generator: torch.Generator, on_block: Callable[[], None]
@@ -108,18 +156,21 @@ class TrainingData:
 def training_data(
     teacher: TeacherModel, targets: Tensor | Array, training: Training, *, seed: int
 ) -> TrainingData:
-    """Split off validation rows and find neighbours; a function of its arguments alone.
+    """Split off validation rows; a function of its arguments alone.
 
     Args:
         teacher: who answers made queries.
         targets: [n, d], the teacher's answers to its model's training queries, none routed through
             itself or its duplicates.
-        training: for ``validation_fraction``, of the distinct queries.
+        training: for ``validation_fraction``, of the distinct queries, and for what it asks of
+            the teacher.
         seed: of the split; equal queries stay on one side.
 
     Raises:
         DataInvalid: the targets are not one per training query, or too few queries differ.
+        SpecInvalid: the training asks for new queries, which this teacher cannot answer.
     """
+    training.check_teacher(answers_new=teacher.answers_new)
     model, device = teacher.model, teacher.device
     answers = targets if isinstance(targets, Tensor) else torch.from_numpy(targets)
     if tuple(answers.shape) != model.queries.shape:
@@ -137,23 +188,10 @@ def training_data(
     held = min(max(1, round(training.validation_fraction * len(firsts))), len(firsts) - 2)
     hidden = torch.zeros(len(firsts), dtype=torch.bool)
     hidden[order[:held]] = True
-    shown = firsts[~hidden]
-    queries = torch.from_numpy(model.queries).to(device)
-    mixture = teacher.mixture(queries, exclude_rows=same)
-    position = torch.full((len(firsts),), -1)
-    position[~hidden] = torch.arange(len(shown))
-    at, _ = nearest(
-        queries,
-        queries[shown.to(device)],
-        top_k=min(NEIGHBOURS, len(shown) - 1),
-        exclude_rows=position[which].to(device),
-    )
     real = Examples(
-        queries=queries,
+        queries=torch.from_numpy(model.queries).to(device),
         teacher=answers.to(device).float(),
-        mixture=Mixture(
-            mixture.offsets, mixture.clusters, mixture.weights.float(), mixture.cluster_count
-        ),
+        mixture=None,
         candidates=torch.from_numpy(model.targets).to(device),
     )
     return TrainingData(
@@ -161,9 +199,29 @@ def training_data(
         real=real,
         train=(~hidden[which]).nonzero().flatten().to(device),
         validation=hidden[which].nonzero().flatten().to(device),
-        neighbours=shown.to(device)[at],
+        shown=firsts[~hidden].to(device),
         same=same.to(device),
     )
+
+
+def teacher_answers(teacher: TeacherModel, on_rows: Callable[[int, int], None]) -> Tensor:
+    """Compute what ``cache_targets`` would keep: the teacher's answers to its training queries.
+
+    Args:
+        teacher: who answers.
+        on_rows: called with (queries answered, queries) before each block of ANSWERED_ROWS.
+
+    Returns:
+        [n, d], none routed through itself or its duplicates.
+    """
+    queries = teacher.model.queries
+    own = torch.from_numpy(teacher.own_rows(queries))
+    vectors = []
+    for start in range(0, len(queries), ANSWERED_ROWS):
+        on_rows(start, len(queries))
+        block = slice(start, start + ANSWERED_ROWS)
+        vectors.append(teacher.targets(queries[block], exclude_rows=own[block]))
+    return torch.cat(vectors)
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

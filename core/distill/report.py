@@ -1,4 +1,4 @@
-"""Writes what was found: report.json, report.md and two pictures, the same bytes every time."""
+"""Writes what was found: report.json, report.md and pictures, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.distill.evaluation import TEACHER, Evaluation, Row
+from core.distill.selection import Selection
 
 P = ParamSpec("P")
 SMALLEST_ANGLE = 1e-3
 """Degrees; what is nearer is drawn here, for a log scale has no zero."""
 INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
+LABELLED = 16
+"""Candidates up to which each has its name in the picture of their scores."""
 HEADER = (
     "| | hit@1 | hit@5 | hit@10 | hit@1 - raw (95 %) | hit@1 - global (95 %) "
     "| hit@1 - teacher (95 %) | cosine | p5 | min | overlap@10 | gap closed | of raw | norm drift |"
@@ -190,6 +193,64 @@ def draw_cosines(path: Path, evaluation: Evaluation) -> None:
 
 def _degrees(cosine: float) -> float:
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
+
+
+def draw_scores(path: Path, selection: Selection) -> None:
+    """Draw held-out log scores against parameters, one standard error each way.
+
+    The choice is marked, and the line that the rule of one standard error draws below the best.
+    """
+    lines = sorted(selection.lines, key=lambda line: line.parameters)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    sizes, scores = [line.parameters for line in lines], [line.log_score for line in lines]
+    errors = [line.standard_error or 0.0 for line in lines]
+    axes.errorbar(sizes, scores, errors, fmt="o", color=INK, ecolor=QUIET, capsize=3)
+    best = max(lines, key=lambda line: line.log_score)
+    least = best.log_score - (best.standard_error or 0.0)
+    axes.axhline(least, color=QUIET, linestyle="--", linewidth=1, label="best - 1 standard error")
+    chosen = selection.line(selection.chosen)
+    ring: dict[str, Any] = {
+        "s": 160,
+        "facecolors": "none",
+        "edgecolors": STRONG,
+        "linewidths": 2,
+        "zorder": 3,
+    }
+    axes.scatter([chosen.parameters], [chosen.log_score], label=f"take {chosen.name}", **ring)
+    told = lines if len(lines) <= LABELLED else [best, chosen]
+    for place, line in enumerate(told):
+        up = 8 if place % 2 == 0 else -14
+        at = (line.parameters, line.log_score)
+        axes.annotate(line.name, at, (6, up), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="free parameters", ylabel="held-out log score, nats a query")
+    if sizes[0] > 0 and sizes[-1] > 20 * sizes[0]:
+        axes.set_xscale("log")
+    axes.margins(x=0.15, y=0.12)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+@_plain
+def draw_explained(path: Path, explained: Sequence[float], *, together: float) -> None:
+    """Draw what each plane of a codebook explains as bars, and what all do as a line.
+
+    Args:
+        path: of the PNG.
+        explained: shares of single planes, in the codebook's order.
+        together: the share that all planes explain; below the sum where planes overlap.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if not any(explained):
+        axes.text(0.5, 0.5, "made from nothing: no share to show", ha="center", color=INK)
+        axes.set_axis_off()
+        _save(figure, path)
+        return
+    axes.bar(range(1, len(explained) + 1), explained, color=STRONG)
+    axes.set(xlabel="plane", ylabel="share of the squared bivectors")
+    figure.suptitle(f"{len(explained)} planes explain {100 * together:.1f} % together", color=INK)
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -2,139 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from core.distill.batches import (
+    batch_plan,
+    centroid_batches,
+    dense_weights,
+    epoch_batches,
+    validation_batches,
+)
 from core.distill.curriculum import Examples, TrainingData
-from core.distill.losses._base import Batch, total_loss
-from core.distill.students._base import StudentModule, restore_student
-from core.errors import DataInvalid, SpecInvalid
-from core.specs.training import Training
-from core.tensors import shards
+from core.distill.schedules import BatchPlan, learning_rate
+from core.distill.state import TrainState, assign, trainable
+from core.distill.stepping import Compiler, Stepper
+from core.distill.students._base import StudentModule
+from core.errors import DataInvalid
+from core.specs.training import PLATEAU_PATIENCE, Training
 
-GENTLE = 0.05
-"""Bases and angles learn at this share of the learning rate: a base's entries are near d^-1/2."""
-STEP_AT = (0.5, 0.75)
-"""Shares of the run after which scheduler ``step`` divides the learning rate by ten."""
+__all__ = [
+    "TrainState",
+    "learning_rate",
+    "remarks",
+    "run_epochs",
+    "run_steps",
+    "steps_per_epoch",
+    "trainable",
+    "validation_cosine",
+]
+
+VALIDATED_ROWS = 1024
+"""Validation rows the student maps at a time."""
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class TrainState:
-    """A student in training; ``save`` and ``load`` keep every bit of it."""
-
-    student: StudentModule
-    training: Training
-    optimizer: torch.optim.AdamW | None
-    """None where nothing is trainable."""
-    generator: torch.Generator
-    ema: dict[str, Tensor]
-    """Averaged parameters, by name."""
-    best: dict[str, Tensor]
-    """The averaged parameters of the best epoch so far."""
-    best_cosine: float = -math.inf
-    waited: int = 0
-    """Epochs since the validation cosine last gained ``min_delta``."""
-    waited_from: float = -math.inf
-    """The cosine that the next gain is measured from."""
-    epoch: int = 0
-    """Epochs done."""
-    step: int = 0
-    stopped: bool = False
-    """No further epoch would change the result."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """One row per epoch: epoch, loss, every term, learning_rate, validation_cosine."""
-
-    @classmethod
-    def start(
-        cls, student: StudentModule, training: Training, *, seed: int, device: str = "cpu"
-    ) -> TrainState:
-        """Begin with a built student."""
-        student = student.to(device)
-        student.retract()
-        now = trainable(student)
-        return cls(
-            student=student,
-            training=training,
-            optimizer=_optimizer(student, training),
-            generator=torch.Generator().manual_seed(seed),
-            ema={name: value.detach().clone() for name, value in now.items()},
-            best={name: value.detach().clone() for name, value in now.items()},
-        )
-
-    def save(self, path: Path) -> None:
-        """Write the whole state as one .safetensors; equal states give equal bytes."""
-        tensors = {f"model.{name}": value for name, value in self.student.state_dict().items()}
-        tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        if self.optimizer is not None:
-            for index, values in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        tensors["generator"] = self.generator.get_state()
-        arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-        shards.save(path, arrays, {"format": "train_state", "version": 1, **self._facts()})
-
-    @classmethod
-    def load(cls, path: Path, *, device: str = "cpu") -> TrainState:
-        """Read what save wrote, onto a device.
-
-        Raises:
-            DataInvalid: the file is something else.
-        """
-        arrays, manifest = shards.load(path)
-        if manifest.get("format") != "train_state":
-            raise DataInvalid(f"not a training checkpoint: format {manifest.get('format')!r}")
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        training = Training.model_validate(manifest["training"])
-        student = restore_student(manifest["config"], _under(tensors, "model.")).to(device)
-        optimizer = _optimizer(student, training)
-        if optimizer is not None:
-            _restore(optimizer, _under(tensors, "optimizer."))
-        generator = torch.Generator()
-        generator.set_state(tensors["generator"])
-        facts = {name: manifest[name] for name in _FACTS}
-        for name in ("best_cosine", "waited_from"):
-            facts[name] = -math.inf if facts[name] is None else facts[name]
-        return cls(
-            student=student,
-            training=training,
-            optimizer=optimizer,
-            generator=generator,
-            ema={name: value.to(device) for name, value in _under(tensors, "ema.").items()},
-            best={name: value.to(device) for name, value in _under(tensors, "best.").items()},
-            **facts,
-        )
-
-    def result(self) -> StudentModule:
-        """Return the student with the best averaged parameters, ready to be used.
-
-        A copy on the CPU: the state can go on training.
-        """
-        state = {name: value.cpu() for name, value in self.student.state_dict().items()}
-        student = restore_student(self.student.config, state)
-        _assign(student, self.best)
-        student.retract()
-        return student.eval()
-
-    def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {name: getattr(self, name) for name in _FACTS}
-        for name in ("best_cosine", "waited_from"):
-            facts[name] = facts[name] if math.isfinite(facts[name]) else None
-        return {
-            **facts,
-            "training": self.training.model_dump(mode="json"),
-            "config": self.student.config,
-        }
-
-
-_FACTS = ("best_cosine", "waited", "waited_from", "epoch", "step", "stopped", "history")
 
 
 def run_epochs(
@@ -143,7 +44,7 @@ def run_epochs(
     """Train epochs first..last-1; fewer where ``state.stopped`` turns true.
 
     Args:
-        state: changed in place; its ``epoch`` must be ``first``.
+        state: changed in place; its ``epoch`` must be ``first``, with no step of it done.
         data: from ``training_data``, with the same arguments at every call.
         first: epochs done before.
         last: epochs done after, at most ``state.training.epochs``.
@@ -152,47 +53,53 @@ def run_epochs(
     Raises:
         DataInvalid: the state is at another epoch: the checkpoint belongs to another chunk.
     """
-    if state.epoch != first:
-        raise DataInvalid(f"the checkpoint is at epoch {state.epoch}, not {first}")
+    if state.epoch != first or state.within:
+        inside = f" and {state.within} steps" if state.within else ""
+        raise DataInvalid(f"the checkpoint is at epoch {state.epoch}{inside}, not {first}")
+    plan = batch_plan(data, state.training)
     last = min(last, state.training.epochs)
-    steps = steps_per_epoch(data, state.training)
-    for epoch in range(first, last):
-        if state.stopped:
-            return
-        _epoch(
-            state, data, partial(_tell, on_step, (epoch - first) * steps, (last - first) * steps)
-        )
+    _run(state, data, plan, plan.steps_before(last) - plan.steps_before(first), on_step)
+
+
+def run_steps(
+    state: TrainState,
+    data: TrainingData,
+    count: int,
+    on_step: Progress,
+    *,
+    compiler: Compiler | None = None,
+) -> None:
+    """Take up to ``count`` more steps, from wherever the state stands, also inside an epoch.
+
+    An epoch that they complete is validated, as by ``run_epochs``. However a run is cut, the
+    state ends up the same, bit for bit.
+
+    Args:
+        state: changed in place.
+        data: from ``training_data``, with the same arguments at every call.
+        count: at least 1; fewer are taken where ``state.stopped`` turns true.
+        on_step: called with (steps done, steps of this call) at every step; may raise.
+        compiler: see ``Stepper``.
+    """
+    plan = batch_plan(data, state.training)
+    done = plan.steps_before(state.epoch) + state.within
+    _run(state, data, plan, min(count, plan.total_steps - done), on_step, compiler=compiler)
 
 
 def steps_per_epoch(data: TrainingData, training: Training) -> int:
     """How many batches show every real training query once."""
-    return math.ceil(len(data.train) / _real_rows(training))
-
-
-def learning_rate(training: Training, step: int, total_steps: int) -> float:
-    """Learning rate of a step: linear warm-up, then the schedule over the steps that remain."""
-    warm = min(training.warmup_steps, total_steps // 2)
-    if step < warm:
-        return training.learning_rate * (step + 1) / warm
-    share = (step - warm) / max(1, total_steps - warm)
-    factors = {
-        "none": 1.0,
-        "cosine": 0.5 * (1 + math.cos(math.pi * share)),
-        "step": 0.1 ** sum(share >= at for at in STEP_AT),
-    }
-    return training.learning_rate * factors[training.scheduler]
+    return batch_plan(data, training).steps
 
 
 def validation_cosine(student: StudentModule, data: TrainingData) -> float:
     """Mean cosine to the teacher on the validation rows."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=data.validation.device)
+    wanted = student.takes_weights
     with torch.no_grad():
-        for rows in data.validation.split(1024):
-            weights = data.real.mixture.rows(rows).dense()
-            vectors = student.routed(data.real.queries[rows], weights).vectors
-            wanted = data.real.teacher[rows].double()
-            total += float(torch.cosine_similarity(vectors.double(), wanted).sum())
-    return total / len(data.validation)
+        for part in validation_batches(data, VALIDATED_ROWS, weights=wanted):
+            vectors = student.routed(part.queries, dense_weights([part], weights=wanted)).vectors
+            total += torch.cosine_similarity(vectors.double(), part.teacher.double()).sum()
+    return float(total) / len(data.validation)
 
 
 def remarks(student: StudentModule) -> list[str]:
@@ -205,194 +112,135 @@ def remarks(student: StudentModule) -> list[str]:
     ]
 
 
-def trainable(student: StudentModule) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that learn, by name."""
-    return {name: value for name, value in student.named_parameters() if value.requires_grad}
-
-
-def _epoch(state: TrainState, data: TrainingData, on_step: Callable[[int], None]) -> None:
-    """Train one epoch, validate the average, keep the best, and see whether to stop."""
-    steps = steps_per_epoch(data, state.training)
-    total_steps = steps * state.training.epochs
-    sums: dict[str, float] = {}
-    if state.optimizer is None:
-        _judge_untrainable(state, data)
+def _run(
+    state: TrainState,
+    data: TrainingData,
+    plan: BatchPlan,
+    count: int,
+    on_step: Progress,
+    *,
+    compiler: Compiler | None = None,
+) -> None:
+    """Take ``count`` steps, epoch by epoch."""
+    if state.stopped:
         return
+    stepper = Stepper(state, compiler=compiler)
+    if state.optimizer is None:
+        _judge_untrainable(stepper, data)
+        return
+    done = 0
+    while done < count and not state.stopped:
+        some = min(count - done, plan.steps_of(state.epoch) - state.within)
+        _part(stepper, data, plan, some, partial(_tell, on_step, done, count))
+        done += some
+
+
+def _tell(on_step: Progress, before: int, total: int, taken: int) -> None:
+    on_step(before + taken, total)
+
+
+def _part(
+    stepper: Stepper,
+    data: TrainingData,
+    plan: BatchPlan,
+    count: int,
+    on_step: Callable[[int], None],
+) -> None:
+    """Take ``count`` steps of the present epoch; where they end it, judge it."""
+    state = stepper.state
+    ahead = torch.Generator()
+    ahead.set_state(state.generator.get_state())
     state.student.train()
-    rate = 0.0
-    for number, batch in enumerate(_batches(state, data, steps, on_step)):
-        on_step(number)
-        rate = learning_rate(state.training, state.step, total_steps)
-        for name, value in _step(state, batch, rate).items():
-            sums[name] = sums.get(name, 0.0) + value / steps
-    state.epoch += 1
-    cosine = _validate(state, data)
-    state.history.append(
-        {"epoch": state.epoch, **sums, "learning_rate": rate, "validation_cosine": cosine}
-    )
-    _judge(state, cosine)
-    on_step(steps)
-
-
-def _tell(on_step: Progress, before: int, total: int, done: int) -> None:
-    on_step(before + done, total)
-
-
-def _real_rows(training: Training) -> int:
-    return max(1, training.batch_size - round(training.batch_size * training.augment))
+    taken = 0
+    batches = _batches(stepper, data, plan, ahead, lambda: on_step(taken))
+    for taken in range(count):
+        on_step(taken)
+        batch = next(batches)
+        rate = learning_rate(state.training, state.step, plan.total_steps, cuts=state.cuts)
+        stepper.step(batch, rate)
+    if state.within == plan.steps_of(state.epoch):
+        state.generator = ahead
+        _end_epoch(state, data, plan, rate)
+    on_step(count)
 
 
 def _batches(
-    state: TrainState, data: TrainingData, steps: int, on_step: Callable[[int], None]
+    stepper: Stepper,
+    data: TrainingData,
+    plan: BatchPlan,
+    generator: torch.Generator,
+    on_block: Callable[[], None],
 ) -> Iterator[list[Examples]]:
-    """Yield each batch as real and made examples; every real training row once."""
-    real_rows = _real_rows(state.training)
-    made_rows = state.training.batch_size - real_rows
-    order = data.train[
-        torch.randperm(len(data.train), generator=state.generator).to(data.train.device)
-    ]
-    made = data.made(steps * made_rows, state.generator, lambda: on_step(0)) if made_rows else None
-    for step in range(steps):
-        batch = [_take(data.real, order[step * real_rows : (step + 1) * real_rows])]
-        if made is not None:
-            rows = torch.arange(step * made_rows, (step + 1) * made_rows)
-            batch.append(_take(made, rows.to(order.device)))
-        yield batch
-
-
-def _take(examples: Examples, rows: Tensor) -> Examples:
-    return Examples(
-        queries=examples.queries[rows],
-        teacher=examples.teacher[rows],
-        mixture=examples.mixture.rows(rows),
-        candidates=examples.candidates[rows],
+    """Yield the batches of the present epoch that are still to come."""
+    state = stepper.state
+    if state.epoch < plan.warmup_epochs:
+        return centroid_batches(data, plan, generator, first=state.within)
+    return epoch_batches(
+        data,
+        plan,
+        generator,
+        weights=stepper.wants_weights,
+        first=state.within,
+        on_block=on_block,
     )
 
 
-def _step(state: TrainState, batch: list[Examples], rate: float) -> dict[str, float]:
-    """Take one optimizer step; return the loss and its terms."""
-    assert state.optimizer is not None
-    loss, terms = _loss(state, batch)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["share"]
-    state.optimizer.step()
-    state.student.retract()
-    state.step += 1
-    _average(state)
-    return {"loss": float(loss.detach()), **terms}
-
-
-def _loss(state: TrainState, batch: list[Examples]) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of a batch, and its terms before their weights.
-
-    Raises:
-        SpecInvalid: every term that weighs something needs a router the student does not have.
-    """
-    weights = torch.cat([part.mixture.dense() for part in batch])
-    routed = state.student.routed(torch.cat([part.queries for part in batch]), weights)
-    seen = Batch(
-        student=routed.vectors,
-        teacher=torch.cat([part.teacher for part in batch]),
-        candidates=batch[0].candidates,
-        log_weights=routed.log_weights,
-        weights=weights,
+def _end_epoch(state: TrainState, data: TrainingData, plan: BatchPlan, rate: float) -> None:
+    """Validate the average, keep the best, see whether to slow down or to stop."""
+    means = {name: float(value) / state.within for name, value in state.sums.items()}
+    cosine = _validate(state, data)
+    state.epoch, state.within, state.sums = state.epoch + 1, 0, {}
+    state.history.append(
+        {"epoch": state.epoch, **means, "learning_rate": rate, "validation_cosine": cosine}
     )
-    loss, terms = total_loss(seen, state.training.losses.model_dump())
-    if not terms:
-        raise SpecInvalid(
-            "training.losses: no term of weight above 0 applies to this student; allowed: any of "
-            "geodesic, cvar, retrieval_kl above 0",
-            pointer="/training/losses",
-        )
-    return loss, terms
+    if cosine > state.best_cosine:
+        state.best_cosine = cosine
+        state.best = {name: value.clone() for name, value in state.ema.items()}
+    if state.epoch > plan.warmup_epochs:
+        _judge_gain(state, cosine)
+    state.stopped = state.stopped or state.epoch >= state.training.epochs
 
 
-def _average(state: TrainState) -> None:
-    """Move the average towards the parameters; early steps are forgotten faster."""
-    decay = min(state.training.ema_decay, (1 + state.step) / (10 + state.step))
-    decay = decay if state.training.ema_decay else 0.0
-    with torch.no_grad():
-        for name, value in trainable(state.student).items():
-            state.ema[name].lerp_(value, 1 - decay)
+def _judge_gain(state: TrainState, cosine: float) -> None:
+    """Count the epochs without a gain of ``min_delta``; cut the learning rate or stop."""
+    training = state.training
+    if cosine > state.waited_from + training.min_delta:
+        state.waited_from, state.waited, state.flat = cosine, 0, 0
+        return
+    state.waited += 1
+    state.flat += 1
+    if training.scheduler == "plateau" and state.flat >= (
+        training.plateau_patience or PLATEAU_PATIENCE
+    ):
+        state.cuts, state.flat = state.cuts + 1, 0
+    state.stopped = training.patience is not None and state.waited >= training.patience
 
 
 def _validate(state: TrainState, data: TrainingData) -> float:
     """Validation cosine of the averaged parameters; the trained ones come back afterwards."""
     own = {name: value.detach().clone() for name, value in trainable(state.student).items()}
-    _assign(state.student, state.ema)
+    assign(state.student, state.ema)
     state.student.retract()
     state.student.eval()
     cosine = validation_cosine(state.student, data)
-    _assign(state.student, own)
+    assign(state.student, own)
     return cosine
 
 
-def _judge_untrainable(state: TrainState, data: TrainingData) -> None:
+def _judge_untrainable(stepper: Stepper, data: TrainingData) -> None:
     """Record what a student without trainable parameters is worth, and stop."""
+    state = stepper.state
     means: dict[str, float] = {}
+    size = state.training.batch_size
     with torch.no_grad():
-        for rows in data.validation.split(state.training.batch_size):
-            loss, terms = _loss(state, [_take(data.real, rows)])
-            for name, value in {"loss": float(loss), **terms}.items():
-                means[name] = means.get(name, 0.0) + value * len(rows) / len(data.validation)
+        for part in validation_batches(data, size, weights=stepper.wants_weights):
+            loss, terms = stepper.loss([part])
+            for name, value in {"loss": loss, **terms}.items():
+                share = float(value) * len(part) / len(data.validation)
+                means[name] = means.get(name, 0.0) + share
     cosine = _validate(state, data)
     state.epoch += 1
     state.history.append(
         {"epoch": state.epoch, **means, "learning_rate": 0.0, "validation_cosine": cosine}
     )
     state.best_cosine, state.stopped = cosine, True
-
-
-def _judge(state: TrainState, cosine: float) -> None:
-    if cosine > state.best_cosine:
-        state.best_cosine = cosine
-        state.best = {name: value.clone() for name, value in state.ema.items()}
-    if cosine > state.waited_from + state.training.min_delta:
-        state.waited_from, state.waited = cosine, 0
-    else:
-        state.waited += 1
-    patience = state.training.patience
-    state.stopped = state.epoch >= state.training.epochs or (
-        patience is not None and state.waited >= patience
-    )
-
-
-def _assign(student: StudentModule, values: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in trainable(student).items():
-            parameter.copy_(values[name])
-
-
-def _optimizer(student: StudentModule, training: Training) -> torch.optim.AdamW | None:
-    gentle = {id(parameter) for parameter in student.gentle()}
-    learning = list(trainable(student).values())
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [parameter for parameter in learning if id(parameter) not in gentle],
-            "weight_decay": training.weight_decay,
-            "share": 1.0,
-        },
-        {
-            "params": [parameter for parameter in learning if id(parameter) in gentle],
-            "weight_decay": 0.0,
-            "share": GENTLE,
-        },
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=training.learning_rate) if groups else None
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    inside = {name: value for name, value in tensors.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): value for name, value in inside.items()}
-
-
-def _restore(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    found: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, part = name.split(".", 1)
-        found.setdefault(int(index), {})[part] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": found, "param_groups": groups})

@@ -1,11 +1,18 @@
 """What kinds share: blocks of rows, sizes, small JSON files with the same bytes every time."""
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.kinds._base import Produced
+from core.kinds._base import Chunk, Produced
+from core.tensors import shards
+from core.tensors.shards import Array
+
+BLOCK_ENTRIES = 16 * 2**20
+"""Numbers in a block of vectors at most (64 MiB in float32), however many rows are asked for."""
 
 
 def float_bytes(*shape: int) -> int:
@@ -28,3 +35,28 @@ def read_json(path: Path) -> Any:
 def blocks(total: int, size: int) -> list[tuple[int, int]]:
     """Cut range(total) into (start, stop) pieces of ``size``, the last one shorter."""
     return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def vector_blocks(total: int, size: int, *, dim: int) -> list[tuple[int, int]]:
+    """Cut range(total) like ``blocks``, shorter where one would pass BLOCK_ENTRIES numbers."""
+    return blocks(total, min(size, max(1, BLOCK_ENTRIES // dim)))
+
+
+def query_rows(chunk: Chunk, sha256: str, start: int, stop: int) -> Array:
+    """Return queries start..stop-1 of stored pairs or of a model, [stop - start, d] float32.
+
+    These rows alone are read.
+    """
+    rows = shards.load_rows(chunk.fetch(sha256), "query_embeddings", start, stop)
+    return rows.astype("float32", copy=False)
+
+
+def list_blocks(made: Sequence[Mapping[str, Produced]]) -> list[dict[str, Any]]:
+    """Return hash and rows of each chunk's ``targets``: what a ``targets`` artifact lists."""
+    listed: list[dict[str, Any]] = []
+    for outputs in made:
+        file = outputs["targets"]
+        with file.path.open("rb") as data:
+            sha256 = hashlib.file_digest(data, "sha256").hexdigest()
+        listed.append({"sha256": sha256, "rows": file.meta["rows"]})
+    return listed

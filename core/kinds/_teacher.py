@@ -30,7 +30,7 @@ def teacher_bytes(model: Mapping[str, Any]) -> int:
     return 2 * float_bytes(clusters, dim, dim) + 2 * float_bytes(rows, dim)
 
 
-_kept: dict[tuple[str, str, str], TeacherModel] = {}
+_kept: dict[tuple[str, str, str, str | None], TeacherModel] = {}
 """The last teacher this process built: chunks of a job come one after another. Keyed by content."""
 
 
@@ -58,12 +58,21 @@ def bivector_block(
     return Produced(path, "bivectors", path.name, meta=meta, cache_key=key)
 
 
-def load_teacher(chunk: Chunk, sha256: str, spec: Teacher) -> TeacherModel:
-    """Build the teacher a spec names over a stored model, its bivectors from the cache."""
-    name = (sha256, spec.model_dump_json(), chunk.device)
+def load_teacher(
+    chunk: Chunk, sha256: str, spec: Teacher, *, pairs: str | None = None
+) -> TeacherModel:
+    """Build the teacher a spec names over a stored model, its bivectors from the cache.
+
+    ``pairs``: SHA-256 of those whose queries it is asked; told to who answers stored pairs alone.
+    """
+    name = (sha256, spec.model_dump_json(), chunk.device, pairs if not spec.answers_new else None)
     if name not in _kept:
         _kept.clear()
         _kept[name] = _build(chunk, chunk.fetch(sha256), spec)
+        if name[3] is not None:
+            from core.tensors.formats import load_pairs
+
+            _kept[name] = _kept[name].knowing(load_pairs(chunk.fetch(name[3])))
     return _kept[name]
 
 

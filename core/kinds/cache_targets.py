@@ -15,7 +15,14 @@ from pydantic import Field
 
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Stage
-from core.kinds._files import blocks, float_bytes, write_json
+from core.kinds._files import (
+    BLOCK_ENTRIES,
+    blocks,
+    float_bytes,
+    list_blocks,
+    vector_blocks,
+    write_json,
+)
 from core.kinds._teacher import (
     CLUSTERS_PER_BLOCK,
     ROWS_PER_BLOCK,
@@ -29,10 +36,6 @@ from core.specs.teachers import Rotational, Teacher
 
 if TYPE_CHECKING:
     from core.tensors.shards import Array
-
-
-BLOCK_ENTRIES = 16 * 2**20
-"""Numbers in a target block at most (64 MiB in float32), whatever ``rows_per_chunk`` says."""
 
 
 class Spec(JobSpec):
@@ -72,8 +75,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
 
 def _blocks(spec: Spec, asked: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Cut the queries, known by their ``rows`` and ``dim``, into target blocks."""
-    most = max(1, BLOCK_ENTRIES // asked["dim"])
-    return blocks(asked["rows"], min(spec.rows_per_chunk, most))
+    return vector_blocks(asked["rows"], spec.rows_per_chunk, dim=asked["dim"])
 
 
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
@@ -94,11 +96,8 @@ def _bivectors(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 
 def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.tensors.formats import load_pairs
-
-    teacher = load_teacher(chunk, chunk.input("model").sha256, spec.teacher)
-    if spec.pairs is not None and not teacher.answers_new:
-        teacher = teacher.knowing(load_pairs(chunk.fetch(chunk.input("pairs").sha256)))
+    pairs = None if spec.pairs is None else chunk.input("pairs").sha256
+    teacher = load_teacher(chunk, chunk.input("model").sha256, spec.teacher, pairs=pairs)
     asked = chunk.input("model" if spec.pairs is None else "pairs").meta
     start, stop = _blocks(spec, asked)[chunk.index]
     queries = _queries(spec, chunk, teacher.model.queries, start, stop)
@@ -117,14 +116,7 @@ def _queries(spec: Spec, chunk: Chunk, own: Array, start: int, stop: int) -> Arr
 
 
 def _list(spec: Spec, chunk: Chunk) -> ChunkResult:
-    import hashlib
-
-    listed: list[dict[str, Any]] = []
-    for made in chunk.outputs("targets"):
-        file = made["targets"]
-        with file.path.open("rb") as data:
-            sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-        listed.append({"sha256": sha256, "rows": file.meta["rows"]})
+    listed = list_blocks(chunk.outputs("targets"))
     model = chunk.input("model")
     facts = {
         "rows": sum(block["rows"] for block in listed),

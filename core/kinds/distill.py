@@ -3,204 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from core.errors import SpecInvalid
-from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
-from core.kinds._files import blocks, float_bytes, read_json, write_json
-from core.kinds._teacher import ROWS_PER_BLOCK, load_teacher, target_block, teacher_bytes
-from core.specs.base import JobSpec, Reads, Reference
-from core.specs.students import RotorProduct, Student, check_router
-from core.specs.teachers import Rotational, Teacher, parse_teacher
-from core.specs.training import Training
-
-if TYPE_CHECKING:
-    from core.distill.curriculum import TrainingData
-    from core.distill.teachers._base import TeacherModel
-    from core.tensors.shards import Array
+from core.kinds._base import Chunk, ChunkResult, Input, Kind, Stage
+from core.kinds._training import (
+    TrainingSpec,
+    check_student,
+    curves,
+    export_files,
+    made_file,
+    make_targets,
+    needed_bytes,
+    targets_stage,
+    train_chunks,
+    train_some,
+)
+from core.specs.students import RotorProduct, Student
 
 
-class Spec(JobSpec):
+class Spec(TrainingSpec):
     """Which teacher, which student, and how to train."""
 
     kind: Literal["distill"] = "distill"
-    model: Annotated[Reference, Reads("federated_model")] = Field(description="The teacher's.")
-    targets: Annotated[Reference, Reads("targets")] | None = Field(
-        None, description="Of cache_targets on the same model; null: computed (or found) here."
-    )
-    teacher: Teacher | None = Field(
-        None, description="null: as the targets were made, or the defaults where there are none."
-    )
     student: Student = RotorProduct()
-    training: Training = Training()
 
 
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Targets where none are given, the chain of epochs, the export."""
-    spec.student.check_width(inputs["model"].meta["dim"])
-    told = spec.teacher or Rotational()
-    if "targets" in inputs:
-        _check_targets(spec, inputs["targets"].meta, inputs["model"].sha256)
-        told = parse_teacher(inputs["targets"].meta["teacher"])
-    check_router(spec.student, told)
     model = inputs["model"].meta
-    rows = model["rows"]
-    # The teacher; queries and targets with their mixtures and a batch's work.
-    needed = teacher_bytes(model) + 6 * float_bytes(rows, model["dim"])
-    epochs = len(blocks(spec.training.epochs, spec.training.epochs_per_chunk))
+    check_student(spec, spec.student, inputs)
     return [
-        Stage(
-            "targets",
-            0 if "targets" in inputs else len(blocks(rows, ROWS_PER_BLOCK)),
-            memory_bytes=needed,
-        ),
-        Stage("train", epochs, "chained", memory_bytes=needed),
+        targets_stage(spec, inputs),
+        Stage("train", train_chunks(spec, inputs), "chained", memory_bytes=needed_bytes(model)),
         Stage("export", 1),
     ]
 
 
-def _check_targets(spec: Spec, made: Mapping[str, Any], model: str) -> None:
-    """Refuse targets of another model, of other queries, or of a teacher told otherwise."""
-    if made["model"] != model:
-        raise SpecInvalid(
-            f"targets: made with model {made['model'][:12]}…, not with {model[:12]}…",
-            pointer="/targets",
-        )
-    if made["pairs"] is not None:
-        raise SpecInvalid(
-            "targets: made for the queries of pairs; a student trains on the model's own: "
-            "run cache_targets without 'pairs'",
-            pointer="/targets",
-        )
-    if spec.teacher is not None and spec.teacher.model_dump(mode="json") != made["teacher"]:
-        raise SpecInvalid(
-            f"teacher: differs from the one the targets were made with, {made['teacher']}; "
-            "leave it null to take that one",
-            pointer="/teacher",
-        )
-
-
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Run one chunk of whichever stage."""
-    steps = {"targets": _targets, "train": _train, "export": _export}
+    steps = {"targets": make_targets, "train": _train, "export": _export}
     return steps[chunk.stage](spec, chunk)
 
 
-def _teacher_spec(spec: Spec, chunk: Chunk) -> Teacher:
-    if spec.targets is not None:
-        made: Teacher = parse_teacher(chunk.input("targets").meta["teacher"])
-        return made
-    return spec.teacher or Rotational()
-
-
-def _teacher(spec: Spec, chunk: Chunk) -> TeacherModel:
-    return load_teacher(chunk, chunk.input("model").sha256, _teacher_spec(spec, chunk))
-
-
-def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
-    teacher = _teacher(spec, chunk)
-    start, stop = blocks(len(teacher.model.queries), ROWS_PER_BLOCK)[chunk.index]
-    made, speed = target_block(chunk, teacher, teacher.model.queries[start:stop])
-    return ChunkResult(checkpoints={"targets": made}, metrics=speed)
-
-
-def _load_targets(spec: Spec, chunk: Chunk) -> Array:
-    """Return [n, d]: the teacher's answers to its model's training queries."""
-    import numpy as np
-
-    from core.tensors import shards
-
-    if spec.targets is not None:
-        listed = read_json(chunk.fetch(chunk.input("targets").sha256))["blocks"]
-        paths = [chunk.fetch(block["sha256"]) for block in listed]
-    else:
-        paths = [made["targets"].path for made in chunk.outputs("targets")]
-    return np.concatenate([shards.load(path)[0]["targets"] for path in paths])
-
-
-_kept: dict[str, TrainingData] = {}
-"""The training data of the last job, for its next chunk: a function of the job's spec."""
-
-
-def _training_data(spec: Spec, chunk: Chunk, teacher: TeacherModel) -> TrainingData:
-    from core.distill.curriculum import training_data
-
-    if chunk.job_id not in _kept:
-        _kept.clear()
-        targets = _load_targets(spec, chunk)
-        _kept[chunk.job_id] = training_data(teacher, targets, spec.training, seed=spec.seed)
-    return _kept[chunk.job_id]
-
-
 def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.distill.students._base import build_student
-    from core.distill.training import TrainState, run_epochs
-
-    teacher = _teacher(spec, chunk)
-    data = _training_data(spec, chunk, teacher)
-    before = chunk.latest("train")
-    if before:
-        state = TrainState.load(before["state"].path, device=chunk.device)
-    else:
-        student = build_student(spec.student, teacher, spec.seed)
-        state = TrainState.start(student, spec.training, seed=spec.seed, device=chunk.device)
-    first = state.epoch
-    run_epochs(state, data, first, first + spec.training.epochs_per_chunk, chunk.progress)
-    path = chunk.workdir / "state.safetensors"
-    state.save(path)
-    made = Produced(path, "train_state", path.name, meta={"epoch": state.epoch})
-    points = [
-        Metric(name, int(row["epoch"]), value)
-        for row in state.history[first:]
-        for name, value in row.items()
-        if name != "epoch"
-    ]
+    before = chunk.latest("train").get("state")
+    state, made, rows = train_some(spec, spec.student, before, chunk)
     return ChunkResult(
         checkpoints={"state": made},
-        metrics=points,
-        score=1.0 - state.history[-1]["validation_cosine"],
+        metrics=curves(rows),
+        # Inside an epoch nothing has been judged: such a checkpoint is never the best one.
+        score=1.0 - rows[-1]["validation_cosine"] if rows else None,
         stage_done=state.stopped,
     )
 
 
 def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.distill.export import export_student
     from core.distill.report import draw_loss
-    from core.distill.training import TrainState, remarks
+    from core.distill.state import TrainState
 
     state = TrainState.load(chunk.latest("train")["state"].path)
-    student = state.result()
-    told = {"history": state.history, "words": remarks(student)}
-    facts = {
-        "teacher": _teacher_spec(spec, chunk).model_dump(mode="json"),
-        "model": chunk.input("model").sha256,
-        "dim": chunk.input("model").meta["dim"],
-        "student": spec.student.model_dump(mode="json"),
-        "training": spec.training.model_dump(mode="json"),
-        "seed": spec.seed,
-    }
-    folder = chunk.workdir
     chunk.progress(0, 2)
-    files = export_student(student, folder, facts={**facts, **told})
+    outputs = export_files(spec, spec.student, state, chunk)
     chunk.progress(1, 2)
-    draw_loss(folder / "loss_curve.png", state.history)
-    outputs = {
-        "student": _made(files.safetensors, "student", facts),
-        "student_pt": _made(files.torch, "student_pt", facts),
-        "student_onnx": _made(files.onnx, "student_onnx", facts),
-        "loss_curve": _made(folder / "loss_curve.png", "picture", {}, "image/png"),
-        "training": write_json(folder / "training.json", {**facts, **told}, format_name="training"),
-    }
-    return ChunkResult(outputs=outputs)
-
-
-def _made(
-    path: Path, format_name: str, meta: dict[str, Any], media: str = "application/octet-stream"
-) -> Produced:
-    return Produced(path, format_name, path.name, media, meta)
+    picture = chunk.workdir / "loss_curve.png"
+    draw_loss(picture, state.history)
+    return ChunkResult(
+        outputs={**outputs, "loss_curve": made_file(picture, "picture", "image/png")}
+    )
 
 
 KIND = Kind(

@@ -88,8 +88,8 @@ def _teacher(spec: Spec, chunk: Chunk) -> TeacherModel:
     told = spec.teacher
     if told is None and spec.student is not None:
         told = parse_teacher(chunk.input("student").meta["teacher"])
-    teacher = load_teacher(chunk, chunk.input("model").sha256, told or Rotational())
-    return teacher if teacher.answers_new else teacher.knowing(_pairs(chunk))
+    pairs = chunk.input("pairs").sha256
+    return load_teacher(chunk, chunk.input("model").sha256, told or Rotational(), pairs=pairs)
 
 
 def _choose(spec: Spec, chunk: Chunk) -> ChunkResult:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from core.rotations.chebyshev import chebyshev_degree, plan, run_block
+from core.rotations.chebyshev import Plan, chebyshev_degree, plan, run_block
 from core.rotations.mixture import Mixture
 
-__all__ = ["chebyshev_degree", "exp_action", "spectral_norms"]
+__all__ = ["Series", "chebyshev_degree", "exp_action", "spectral_norms"]
+
+Series = Callable[[Tensor, Tensor, Plan, slice], Tensor]
+"""(queries [Q, d], bivectors [C, d, d], plan, block) -> the sums of the block, in the plan's order;
+``run_block`` on torch, ``core.rotations.jax_action.JaxSeries`` on JAX."""
 
 DROP_SHARE = 1 / 16
 """Share of the tolerance spent on dropping small weights; the rest bounds the series."""
@@ -29,7 +35,7 @@ def spectral_norms(bivectors: Tensor) -> Tensor:
     return torch.stack(squares).clamp(min=0).sqrt() * (1 + 1e-9)
 
 
-def exp_action(
+def exp_action(  # noqa: PLR0913 - what goes around the series, by keyword
     queries: Tensor,
     bivectors: Tensor,
     mixture: Mixture,
@@ -39,6 +45,7 @@ def exp_action(
     log_scales: Tensor | None = None,
     anchor: Tensor | None = None,
     rotations: Tensor | None = None,
+    series: Series = run_block,
 ) -> Tensor:
     """Compute y_q = q G exp(sum_c w_qc L_c) for every query; no gradient.
 
@@ -58,6 +65,7 @@ def exp_action(
         anchor: G, [d, d], applied to each query first; the identity where absent.
         rotations: [C, d, d], W_c = G exp(L_c), any float dtype: a query with one cluster, at
             weight 1, is then q @ W_c.
+        series: what sums a block of the Chebyshev series.
 
     Returns:
         [Q, d], dtype and device of ``queries``.
@@ -78,7 +86,7 @@ def exp_action(
         rest = plan(mixture, radii, (~single).nonzero().flatten(), tolerance=tolerance - budget)
         turned = queries if anchor is None else queries @ anchor
         for block in rest.blocks(queries.shape[1] * queries.element_size()):
-            result[rest.order[block]] = run_block(turned, bivectors, rest, block)
+            result[rest.order[block]] = series(turned, bivectors, rest, block)
         if scales is not None:
             result *= scales.to(result.dtype)[:, None]
     return result

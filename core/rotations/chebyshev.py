@@ -20,10 +20,12 @@ from scipy.special import jv
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from core.rotations.grouped import GroupedStep
 from core.rotations.mixture import Mixture
 
 WORKSPACE_BYTES = 512 * 2**20
-"""Scratch memory of one block of queries, beside the inputs and the result."""
+"""Scratch memory of one block of queries, beside the inputs and the result. Grouped products
+(``core.rotations.grouped``) take up to a seventh more, and their GATHER_BYTES."""
 RADIUS_STEP = math.pi / 64 * (1 + 4e-6)
 """Radii are rounded up to multiples of this, so that few Bessel series are evaluated. Never down:
 beyond its radius a series grows like cosh. The sliver over pi / 64 keeps pi * (1 + rounding), a
@@ -127,18 +129,31 @@ def plan(mixture: Mixture, radii: Tensor, order: Tensor, *, tolerance: float) ->
     )
 
 
-def run_block(queries: Tensor, bivectors: Tensor, plan: Plan, block: slice) -> Tensor:
-    """Sum the series for one block: [R, d], in the order of the plan."""
+def run_block(
+    queries: Tensor, bivectors: Tensor, plan: Plan, block: slice, *, grouped: bool | None = None
+) -> Tensor:
+    """Sum the series for one block: [R, d], in the order of the plan.
+
+    Args:
+        queries: [Q, d] floating.
+        bivectors: [C, d, d] skew, dtype and device of ``queries``.
+        plan: of the queries.
+        block: a run of the plan's ``blocks``.
+        grouped: multiply clusters of like size together rather than one by one; where absent
+            on CUDA alone, where launches cost more than padding.
+    """
+    steps = GroupedStep if (queries.is_cuda if grouped is None else grouped) else _Step
     degrees = plan.degrees[block]
     current = queries[plan.order[block]]  # [R, d]
     coefficients = plan.coefficients[block].to(current.dtype)
     result = coefficients[:, :1] * current
     previous = torch.zeros_like(current)
-    step: _Step | None = None
+    step: _Step | GroupedStep | None = None
     for k in range(1, degrees[0] + 1):
         active = bisect.bisect_right(degrees, -k, key=lambda degree: -degree)
         if step is None or active != step.active:
-            step = _Step.of(plan, slice(block.start, block.start + active), current)
+            rows = slice(block.start, block.start + active)
+            step = steps.of(plan.mixture.rows(rows), plan.inverse_radii[rows], current)
         following = step.apply(current, bivectors)  # [active, d]: (2 B / r) phi
         if k == 1:
             following *= 0.5
@@ -165,14 +180,13 @@ class _Step:
     spans: list[tuple[int, int, int]]
     """(cluster, start, stop) among the pairs."""
     gathered: Tensor
-    """[E or longest span, d] scratch."""
+    """[longest span, d] scratch."""
     products: Tensor
     """[E, d] scratch."""
 
     @classmethod
-    def of(cls, plan: Plan, block: slice, like: Tensor) -> _Step:
-        """Sort the pairs of the queries in ``block`` by cluster."""
-        mixture = plan.mixture.rows(block)
+    def of(cls, mixture: Mixture, inverse_radii: Tensor, like: Tensor) -> _Step:
+        """Sort the pairs of some queries, of dtype and width of ``like``, by cluster."""
         by_cluster = mixture.clusters.argsort(stable=True)
         positions = torch.empty_like(by_cluster)
         positions[by_cluster] = torch.arange(len(by_cluster), device=by_cluster.device)
@@ -183,28 +197,24 @@ class _Step:
             for cluster, (stop, count) in enumerate(zip(stops, counts.tolist(), strict=True))
             if count
         ]
-        doubled = 2 * plan.inverse_radii[block].repeat_interleave(mixture.lengths)
+        doubled = 2 * inverse_radii.repeat_interleave(mixture.lengths)
         longest = max((stop - start for _, start, stop in spans), default=0)
         return cls(
-            active=block.stop - block.start,
+            active=mixture.query_count,
             rows=mixture.queries[by_cluster],
             positions=positions,
             offsets=mixture.offsets,
             weights=(mixture.weights.double() * doubled).to(like.dtype),
             spans=spans,
-            gathered=like.new_empty(len(positions) if like.is_cuda else longest, like.shape[1]),
+            gathered=like.new_empty(longest, like.shape[1]),
             products=like.new_empty(len(positions), like.shape[1]),
         )
 
     def apply(self, phi: Tensor, bivectors: Tensor) -> Tensor:
         """Return [active, d] from phi: [>= active, d]."""
-        whole = phi.is_cuda  # One launch on a GPU; on a CPU a span at a time stays in cache.
-        if whole:
-            torch.index_select(phi, 0, self.rows, out=self.gathered)
-        for cluster, start, stop in self.spans:
-            rows = self.gathered[start:stop] if whole else self.gathered[: stop - start]
-            if not whole:
-                torch.index_select(phi, 0, self.rows[start:stop], out=rows)
+        for cluster, start, stop in self.spans:  # A span at a time stays in cache.
+            rows = self.gathered[: stop - start]
+            torch.index_select(phi, 0, self.rows[start:stop], out=rows)
             _multiply(rows, bivectors[cluster], out=self.products[start:stop])
         return embedding_bag(
             self.positions,

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.base import Closed
+from core.specs.codebooks import MOST_PLANES, PLANES, CanonicalPlanes, Codebook, check_planes
 from core.specs.teachers import Weighing
 
 ROUTER_HIDDEN = 256
@@ -17,24 +18,75 @@ ROUTER_RANK = 128
 
 
 class Canonical(Closed):
-    """Document 000's own student: rotations in the fixed planes (2i, 2i+1).
+    """Document 000's own student: rotations in the planes of a codebook, by attention weights.
 
-    Kept for comparison: whatever it learns stays close to the identity (science of document 000).
+    On canonical planes it is kept for comparison: whatever it learns there stays close to the
+    identity (science of document 000). Planes made of the teacher's bivectors, a larger
+    ``angle_scale`` and ``bias: angle`` let it reach further.
     """
 
     name: Literal["canonical"] = "canonical"
-    n_components: int = Field(64, ge=1, le=4096, description="Canonical planes; at most d/2.")
+    transformer_type: Literal["additive", "composed", "bivector_blend"] = Field(
+        "composed",
+        description="How a layer turns by one weight per plane: 'additive' sums the plane "
+        "rotations by weight and puts the length right; 'composed' rotates in plane after plane; "
+        "'bivector_blend' is the exponential of the blend. Disjoint planes commute: on them the "
+        "last two are the same map.",
+    )
+    n_components: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_PLANES,
+        description=f"Canonical planes, at most d/2; null: {PLANES}, or the codebook's.",
+    )
+    codebook: Codebook | None = Field(
+        None,
+        description="Which planes; null: canonical ones. 'pca' and 'combined' are made of the "
+        "teacher's own bivectors, and the student then starts from q G as the teacher does.",
+    )
+    bias: Literal["none", "angle", "vector"] = Field(
+        "none",
+        description="'angle': a learnt constant angle per plane and layer. 'vector': a learnt "
+        "vector, times the length of the query, added before lengths are put right.",
+    )
     layers: int = Field(3, ge=1, le=32)
     heads: int = Field(4, ge=1, le=64)
+    angle_scale: float = Field(
+        1.0,
+        gt=0,
+        le=256,
+        description="Radians by which all of a layer's weight in one plane turns it; document "
+        "000's is 1.",
+    )
+    compat: Literal["legacy"] | None = Field(
+        None,
+        description="'legacy' adds document 000's learnt softplus scale, which changes lengths.",
+    )
+
+    @model_validator(mode="after")
+    def _planes_are_told_once(self) -> Canonical:
+        # Not model_fields_set: a stored job's spec names every field.
+        if self.codebook is not None and self.n_components is not None:
+            raise ValueError(
+                f"n_components {self.n_components} beside codebook: leave it null, the codebook "
+                "has its own"
+            )
+        if self.compat == "legacy" and self.angle_scale != 1.0:
+            raise ValueError(
+                f"angle_scale {self.angle_scale:g} with compat 'legacy'; allowed: 1, document 000's"
+            )
+        return self
+
+    def planes(self) -> Codebook:
+        """Return the codebook that is meant."""
+        return self.codebook or CanonicalPlanes(n_components=self.n_components or PLANES)
 
     def check_width(self, dim: int) -> None:
         """Raise SpecInvalid where the width has too few planes, or the heads do not divide it."""
-        if self.n_components > dim // 2:
-            raise SpecInvalid(
-                f"student.n_components {self.n_components}; width {dim} has {dim // 2} planes, "
-                f"allowed: 1 to {dim // 2}",
-                pointer="/student/n_components",
-            )
+        if self.codebook is None:
+            check_planes(self.planes().n_components, dim, "/student/n_components")
+        else:
+            self.codebook.check_width(dim, "/student/codebook")
         if dim % self.heads:
             raise SpecInvalid(
                 f"student.heads {self.heads} does not divide the width {dim}",

@@ -5,9 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, TypeAdapter, model_validator
 
 from core.specs.base import Closed
+from core.specs.codebooks import Codebook, PrincipalPlanes
 
 FLOAT32_TOLERANCE = 1e-6
 """What float32 holds; below it a tolerance would be a promise that rounding breaks."""
+FLOAT64_TOLERANCE = 1e-13
 Compat = Literal["legacy"] | None
 
 
@@ -30,6 +32,10 @@ class Weighing(Closed):
         """Whether log W is blended, not log(G^T W) after G."""
         return False
 
+    def exactness(self) -> float:
+        """How far a unit-length target may be from its formula's value: rounding."""
+        return FLOAT32_TOLERANCE if self.dtype == "float32" else FLOAT64_TOLERANCE
+
 
 class Routing(Weighing):
     """What every teacher may be told that routes over training queries."""
@@ -50,10 +56,14 @@ class Exponential(Routing):
 
     tolerance: float = Field(
         1e-6,
-        ge=1e-13,
+        ge=FLOAT64_TOLERANCE,
         le=1e-2,
         description="Absolute error allowed per unit-length target; with float32 at least 1e-6.",
     )
+
+    def exactness(self) -> float:
+        """How far a unit-length target may be from its formula's value: as told."""
+        return self.tolerance
 
     @model_validator(mode="after")
     def _float32_holds_the_tolerance(self) -> Self:
@@ -65,10 +75,9 @@ class Exponential(Routing):
         return self
 
 
-class Rotational(Exponential):
-    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+class Blending(Exponential):
+    """What ``rotational`` may be told, whatever computes it."""
 
-    name: Literal["rotational"] = "rotational"
     compat: Compat = Field(
         None, description="'legacy' blends log W as document 000 does, not log(G^T W) after G."
     )
@@ -76,6 +85,21 @@ class Rotational(Exponential):
     def whole_logs(self) -> bool:
         """Whether log W is blended, as document 000 does."""
         return self.compat == "legacy"
+
+
+class Rotational(Blending):
+    """Blend the logarithms of the clusters' rotations, then rotate by the exponential."""
+
+    name: Literal["rotational"] = "rotational"
+
+
+class RotationalJax(Blending):
+    """Rotational, its exponential on JAX: the same answers but for their last bits.
+
+    Workers need the extra: ``pip install 'stillroom[jax]'``.
+    """
+
+    name: Literal["rotational_jax"] = "rotational_jax"
 
 
 class MultiSource(Exponential):
@@ -124,8 +148,17 @@ class Paired(Routing):
     name: Literal["paired"] = "paired"
 
 
+class Orthogonal(Routing):
+    """Blend the logarithms as ``rotational`` does, kept to the planes of a codebook."""
+
+    needs_logs = True
+    name: Literal["orthogonal"] = "orthogonal"
+    codebook: Codebook = PrincipalPlanes()
+
+
 Teacher = Annotated[
-    Rotational | Direct | WeightedBaseline | Paired | MultiSource, Field(discriminator="name")
+    Rotational | RotationalJax | Direct | WeightedBaseline | Paired | Orthogonal | MultiSource,
+    Field(discriminator="name"),
 ]
 _TEACHER: TypeAdapter[Any] = TypeAdapter(Teacher)
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from core.errors import SpecInvalid
 from core.specs.base import Closed
+
+MADE_SHARE = 0.25
+"""Share of made queries that ``augment: null`` means where the teacher can answer them."""
+PLATEAU_FACTOR = 0.5
+"""What ``plateau_factor: null`` means."""
+PLATEAU_PATIENCE = 1
+"""What ``plateau_patience: null`` means: jobs have few epochs."""
+
+
+WORK = frozenset({"targets", "epochs_per_chunk", "checkpoint_interval"})
+"""Settings that say how the work is done and cut; the student is the same for all of them."""
 
 
 class Losses(Closed):
@@ -25,13 +37,27 @@ class Losses(Closed):
 
 
 class Training(Closed):
-    """Optimizer, schedule, data and when to stop."""
+    """Optimizer, schedule, data, arithmetic, and when to stop."""
 
     epochs: int = Field(8, ge=1, le=100_000)
     batch_size: int = Field(256, ge=1, le=65_536)
     learning_rate: float = Field(2e-3, gt=0, le=10)
     weight_decay: float = Field(0.01, ge=0, le=10)
-    scheduler: Literal["none", "cosine", "step"] = "cosine"
+    scheduler: Literal["none", "cosine", "plateau", "step"] = Field(
+        "cosine",
+        description="After the warm-up: constant; half a cosine down to 0; multiplied by "
+        "plateau_factor whenever the validation cosine gained less than min_delta for "
+        "plateau_patience epochs; divided by ten after a half and after three quarters.",
+    )
+    plateau_factor: float | None = Field(
+        None, gt=0, lt=1, description=f"Of scheduler 'plateau' alone; null: {PLATEAU_FACTOR}."
+    )
+    plateau_patience: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description=f"Epochs, of scheduler 'plateau' alone; null: {PLATEAU_PATIENCE}.",
+    )
     warmup_steps: int = Field(50, ge=0, le=1_000_000)
     ema_decay: float = Field(0.99, ge=0, lt=1, description="0 turns averaging off.")
     validation_fraction: float = Field(0.1, gt=0, lt=0.9)
@@ -39,11 +65,105 @@ class Training(Closed):
         None, ge=1, le=100_000, description="Epochs without gain before stopping; null: never."
     )
     min_delta: float = Field(1e-4, ge=0, le=10, description="Validation cosine gain that counts.")
-    augment: float = Field(
-        0.25,
+    augment: float | None = Field(
+        None,
         ge=0,
         lt=1,
-        description="Share of each batch that is made: SLERP between neighbours + tangent noise.",
+        description="Share of each batch that is made: SLERP between neighbours + tangent noise. "
+        f"null: {MADE_SHARE} where the teacher can answer new queries, 0 where it cannot.",
+    )
+    centroid_warmup_epochs: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="The first of the epochs, which show nothing but every cluster's centroid, "
+        "once each. They count neither for patience nor for a plateau.",
+    )
+    centroid_replay: float = Field(
+        0.0, ge=0, lt=1, description="Share of each later batch that is drawn from the centroids."
+    )
+    targets: Literal["cache", "on_the_fly"] = Field(
+        "cache",
+        description="Whether the teacher's answers to the training queries come from the cache "
+        "(and go there), or are computed by every process that trains, and kept nowhere. Same "
+        "student. Made queries are always answered on the fly.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of the student's products while it trains (autocast); parameters, optimizer, "
+        "losses and validation stay float32. bfloat16 pays on devices that have it in hardware: "
+        "a CPU without it takes several times as long.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Whether torch.compile builds the student's forward and backward. Every chunk "
+        "compiles again, so it pays on long chunks only. Needs a C++ compiler (a GPU: Triton).",
     )
     epochs_per_chunk: int = Field(1, ge=1, le=100_000, description="A checkpoint after each chunk.")
+    checkpoint_interval: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000_000,
+        description="Steps (batches) between checkpoints, also inside an epoch; null: one after "
+        "every epochs_per_chunk epochs. The student does not depend on it.",
+    )
     losses: Losses = Losses()
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Training:
+        """Refuse settings that others leave without effect."""
+        # Not model_fields_set: a stored job's spec names every field.
+        for name in ("plateau_factor", "plateau_patience"):
+            value = getattr(self, name)
+            if self.scheduler != "plateau" and value is not None:
+                raise ValueError(
+                    f"{name} {value} is scheduler 'plateau''s: leave it null with "
+                    f"scheduler '{self.scheduler}'"
+                )
+        if self.checkpoint_interval is not None and self.epochs_per_chunk != 1:
+            raise ValueError(
+                f"checkpoint_interval {self.checkpoint_interval} and epochs_per_chunk "
+                f"{self.epochs_per_chunk} both say when a chunk ends: give one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_real_is_shown(self) -> Training:
+        if self.centroid_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"centroid_warmup_epochs {self.centroid_warmup_epochs} of {self.epochs} epochs "
+                f"leave none for the training queries; allowed: 0 to {self.epochs - 1}"
+            )
+        made = self.made_share(answers_new=True)
+        if made + self.centroid_replay >= 1:
+            raise ValueError(
+                f"augment {made} and centroid_replay {self.centroid_replay} leave no room for "
+                "training queries; allowed: a sum below 1"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """Return, as JSON values, the settings that the student's bytes may depend on."""
+        return self.model_dump(mode="json", exclude=set(WORK))
+
+    def made_share(self, *, answers_new: bool) -> float:
+        """Return ``augment`` with its null resolved: by whether the teacher answers new queries."""
+        if self.augment is None:
+            return MADE_SHARE if answers_new else 0.0
+        return self.augment
+
+    def check_teacher(self, *, answers_new: bool) -> None:
+        """Refuse what needs answers to new queries from a teacher that gives none.
+
+        Raises:
+            SpecInvalid: which setting, and what is allowed.
+        """
+        for name in ("augment", "centroid_warmup_epochs", "centroid_replay"):
+            value = getattr(self, name)
+            if value and not answers_new:
+                allowed = "null or 0" if name == "augment" else "0"
+                raise SpecInvalid(
+                    f"training.{name} {value}: the teacher has stored answers alone and can "
+                    f"answer no new query; allowed: {allowed}",
+                    pointer=f"/training/{name}",
+                )

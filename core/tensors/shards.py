@@ -2,9 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,8 @@ from safetensors.numpy import save_file
 from core.errors import DataInvalid
 
 Array = NDArray[Any]
+_CODES = {"int64": "I64", "float64": "F64", "float32": "F32", "float16": "F16", "uint8": "U8"}
+"""What the format calls the dtypes that are streamed, in the order the library writes them in."""
 
 
 def save(path: Path, tensors: Mapping[str, Array], manifest: Mapping[str, Any]) -> None:
@@ -24,15 +28,95 @@ def save(path: Path, tensors: Mapping[str, Array], manifest: Mapping[str, Any]) 
     save_file(contiguous, str(path), metadata={"manifest": header})
 
 
-def load(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read every tensor and the manifest (empty where the file has none).
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that comes in blocks along its first axis."""
+
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    blocks: Iterable[Array]
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_streams(path: Path, streams: Mapping[str, Stream], manifest: Mapping[str, Any]) -> None:
+    """Write what ``save`` would write, byte for byte, holding one block at a time.
+
+    Raises:
+        ValueError: a block is of another dtype, or the blocks do not fill a shape.
+    """
+    told = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    header: dict[str, Any] = {"__metadata__": {"manifest": told}}
+    ranks = list(_CODES)
+    ordered = sorted(streams, key=lambda name: (ranks.index(streams[name].dtype.name), name))
+    at = 0
+    for name in ordered:
+        stream = streams[name]
+        span = [at, at + stream.size_bytes]
+        code = _CODES[stream.dtype.name]
+        header[name] = {"dtype": code, "shape": list(stream.shape), "data_offsets": span}
+        at = span[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            _write_stream(file, name, streams[name])
+
+
+def _write_stream(file: BinaryIO, name: str, stream: Stream) -> None:
+    left = stream.size_bytes
+    for block in stream.blocks:
+        if block.dtype != stream.dtype:
+            raise ValueError(f"{name}: a block of {block.dtype} in a tensor of {stream.dtype}")
+        left -= block.nbytes
+        file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    if left:
+        raise ValueError(f"{name}: the blocks miss the shape {list(stream.shape)} by {left} bytes")
+
+
+def names(path: Path) -> set[str]:
+    """Return the names of the tensors in a file, whatever its size."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return set(file.keys())
+    except (SafetensorError, ValueError) as error:
+        raise DataInvalid(f"not a readable .safetensors file: {error}") from error
+
+
+def describe(path: Path, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+    """Return dtype and shape of a tensor that ``save_streams`` can write.
+
+    Raises:
+        DataInvalid: the file is not safetensors, lacks the tensor, or it is of another dtype.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            tensor = file.get_slice(name)
+            code, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+    except (SafetensorError, ValueError) as error:
+        raise DataInvalid(f"not a readable .safetensors file: {error}") from error
+    known = {code: dtype for dtype, code in _CODES.items()}
+    if code not in known:
+        raise DataInvalid(f"{name}: dtype {code}; allowed: {', '.join(known)}")
+    return np.dtype(known[code]), shape
+
+
+def load(
+    path: Path, *, only: Collection[str] | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read every tensor (or only some) and the manifest (empty where the file has none).
 
     Raises:
         DataInvalid: the file is not safetensors, is truncated, or its manifest is not JSON.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            wanted = file.keys() if only is None else only
+            tensors = {name: file.get_tensor(name) for name in wanted}
             return tensors, _manifest(file.metadata())
     except (SafetensorError, ValueError, TypeError) as error:
         raise DataInvalid(f"not a readable .safetensors file: {error}") from error

@@ -1,16 +1,16 @@
-"""A .safetensors file: pairs, or our own federated model; checked and written canonically."""
+"""A .safetensors file: pairs, or of a format of our own; checked and written canonically."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import pairs
-from core.artifacts.importers.npy import check_shape
+from core.artifacts.importers import caches, codebook, pairs
 from core.artifacts.limits import Limits
 from core.errors import DataInvalid, TooLarge
 from core.tensors import shards
 from core.tensors.formats import load_federated, save_federated
+from core.tensors.npy import check_shape
 
 _ITEM_BYTES = {"F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4,
                "U32": 4, "I64": 8, "U64": 8, "BOOL": 1}  # fmt: skip
@@ -35,12 +35,18 @@ def from_file(
         model = load_federated(source)
         save_federated(target, model)
         return "federated_model", model.meta(), []
+    for what, format_name in caches.FORMATS.items():
+        if told == format_name:
+            return caches.from_tensors(source, target, what=what, limits=limits)
+    if told == "codebook":
+        return "codebook", *codebook.from_file(source, target)
     if set(pairs.NEEDED) <= names and "rotations" not in names:
         tensors, _ = shards.load(source)
         return "pairs", *pairs.from_tensors(target, tensors)
     raise DataInvalid(
         f"the .safetensors holds {', '.join(sorted(names)[:12]) or 'nothing'}; needed pairs "
-        "(query_embeddings, target_embeddings) or a federated_model written by this service"
+        "(query_embeddings, target_embeddings), or a federated_model, codebook, bivectors_cache "
+        "or targets_cache written by this service"
     )
 
 

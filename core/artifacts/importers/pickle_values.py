@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from core.artifacts.importers.npy import check_shape, parse_dtype
 from core.errors import DataInvalid
+from core.tensors.npy import check_shape, parse_dtype
 from core.tensors.shards import Array
 
 ALLOWED = "allowed: dict, list, tuple, set, text, bytes, numbers, None, numpy arrays, paths"

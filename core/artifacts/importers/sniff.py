@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import archive, federated, own, pairs
+from core.artifacts.importers import archive, caches, codebook, federated, own, pairs
 from core.artifacts.limits import Budget, Limits
 from core.errors import DataInvalid
 
 ALLOWED = (
     "allowed: .npz or .safetensors with query_embeddings and target_embeddings; .zip, .tar or "
-    ".tar.gz with NAME.pkl and its folder NAME/; a federated_model .safetensors"
+    ".tar.gz with NAME.pkl and its folder NAME/; .npz with bivectors, with targets, or with "
+    "planes; a federated_model, codebook, bivectors_cache or targets_cache .safetensors"
 )
 
 
@@ -51,6 +52,11 @@ def _read_zip(source: Path, target: Path, scratch: Path, budget: Budget) -> Read
     with archive.open_zip(source, budget) as members:
         names = set(members)
     if names and all(name.endswith(".npy") and "/" not in name for name in names):
+        arrays = {name.removesuffix(".npy") for name in names}
+        if caches.holds_cache(arrays):
+            return Read(*caches.from_npz(source, target, arrays=arrays, budget=budget))
+        if codebook.looks_like(names):
+            return Read("codebook", *codebook.from_npz(source, target, budget=budget))
         return Read("pairs", *pairs.from_npz(source, target, budget=budget))
     if any(name.endswith("/data.pkl") for name in names) and any(
         name.endswith("/version") for name in names

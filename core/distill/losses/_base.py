@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Batch:
     weights: Tensor | None = None
     """[B, C] the teacher's weights over the clusters."""
 
+    @cached_property
+    def angles(self) -> Tensor:
+        """``squared_angles``, which several terms look at."""
+        return squared_angles(self)
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -42,11 +48,12 @@ def losses() -> Mapping[str, Loss]:
     return scan("core.distill.losses", "LOSS", Loss)
 
 
-def total_loss(batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
+def total_loss(batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the terms of weight above zero; one that needs a router is left out without one.
 
     Returns:
-        The scalar to minimise, and every term's value before its weight.
+        The scalar to minimise, and every term's value before its weight: a scalar that is still
+        on the device, since reading it would wait for all that was asked of the device before.
     """
     total = batch.student.new_zeros(())
     values = {}
@@ -55,7 +62,7 @@ def total_loss(batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict
             continue
         term = loss.compute(batch)
         total = total + weights[name] * term
-        values[name] = float(term.detach())
+        values[name] = term.detach()
     return total, values
 
 

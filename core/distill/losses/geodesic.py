@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from core.distill.losses._base import Batch, Loss, squared_angles
+from core.distill.losses._base import Batch, Loss
 
 
 def geodesic(batch: Batch) -> Tensor:
     """Average the squared angles; zero if and only if every direction agrees."""
-    return squared_angles(batch).mean()
+    return batch.angles.mean()
 
 
 LOSS = Loss(compute=geodesic)

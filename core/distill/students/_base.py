@@ -36,6 +36,10 @@ class StudentModule(nn.Module, ABC):
 
     config: dict[str, Any]
     """JSON values; with the state dict enough to build the module again."""
+    takes_weights: bool = True
+    """Whether ``routed`` reads the teacher's weights."""
+    has_router: bool = True
+    """Whether ``routed`` returns weights of its own, to be compared with the teacher's."""
 
     @abstractmethod
     def forward(self, queries: Tensor) -> Tensor:
@@ -48,7 +52,8 @@ class StudentModule(nn.Module, ABC):
         Args:
             queries: [B, d].
             weights: [B, C], the teacher's; a student that routes over training queries takes
-                them as its own, for here a query must not find itself.
+                them as its own, for here a query must not find itself. [B, 0] where neither
+                the student nor a term of the loss reads them.
         """
 
     @abstractmethod
@@ -61,6 +66,14 @@ class StudentModule(nn.Module, ABC):
     def gentle(self) -> list[nn.Parameter]:
         """Parameters that move slowly and never decay (bases, angles)."""
         return []
+
+    def free_parameters(self) -> int:
+        """Count what was free to choose, whether trained or taken from the teacher.
+
+        Every parameter; buffers (the anchor, an exact router's training queries) are the data's.
+        A student whose parameters are bound (orthonormal columns) counts the dimension instead.
+        """
+        return sum(value.numel() for value in self.parameters())
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class KeyRouter(nn.Module):
     """Softmax over the nearest of some keys, merged by cluster."""
 
     config: dict[str, Any]
+    takes_weights = has_weights = False
     keys: Tensor
     """[n, r]."""
     cluster_of: Tensor
@@ -78,6 +79,9 @@ class KeyRouter(nn.Module):
 
 class ExactRouter(KeyRouter):
     """The teacher's own routing: all its training queries are the keys."""
+
+    takes_weights = True
+    """In training it takes the teacher's weights."""
 
     def __init__(
         self, *, dim: int, rows: int, clusters: int, top_k: int, temperature: float
@@ -193,6 +197,10 @@ class LearntRouter(nn.Module):
     It sees queries over the length the training queries have on average (root mean square), so
     that the same data in other units trains the same router.
     """
+
+    takes_weights = False
+    has_weights = True
+    """Its weights are its own, to be compared with the teacher's."""
 
     def __init__(self, *, dim: int, hidden: int, clusters: int) -> None:
         super().__init__()

@@ -31,7 +31,10 @@ def strang_product(x: Tensor, weights: Tensor, bases: Tensor, angles: Tensor) ->
         [B, d].
     """
     if torch.is_grad_enabled():
-        result: Tensor = _Product.apply(x, weights, bases, angles)  # type: ignore[no-untyped-call]
+        # Under autocast too in the planes' own dtype: rounding would add up over 2 C factors.
+        with torch.autocast(x.device.type, enabled=False):
+            x, weights = x.to(bases.dtype), weights.to(bases.dtype)
+            result: Tensor = _Product.apply(x, weights, bases, angles)  # type: ignore[no-untyped-call]
         return result
     if (weights == 0).float().mean() > SPARSE:
         return _run_sparse(x, weights, bases, angles)

@@ -1,126 +1,234 @@
-"""Document 000's own student: rotations in the fixed planes (2i, 2i+1)."""
+"""Document 000's own student: rotations in a codebook's planes, by attention weights."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule
+from core.distill.students._base import Routed, Student, StudentModule, keep_length
+from core.distill.students._turns import TurnGraph, turn, turn_angles
 from core.distill.teachers._base import TeacherModel
+from core.errors import DataInvalid
+from core.rotations.codebook import build as build_codebook
+from core.rotations.codebook import canonical
+from core.specs.codebooks import CanonicalPlanes, PrincipalPlanes
 from core.specs.students import Canonical
 
-RADIANS = 1.0
-"""All of a layer's weight in one plane turns it by this much."""
+SCALE_OF_ONE = math.log(math.e - 1)
+"""What softplus maps to 1."""
 
 
 class CanonicalLayer(nn.Module):
-    """Attend from the query to one learnt key per plane; rotate each plane by its weight."""
+    """Attend from the query to one learnt key per plane; turn each plane by its weight."""
 
-    def __init__(self, dim: int, planes: int, heads: int) -> None:
+    def __init__(self, dim: int, spec: Canonical, *, planes: int, disjoint: bool) -> None:
         super().__init__()
-        self.heads, self.width, self.planes = heads, dim // heads, planes
+        self.heads, self.width, self.planes = spec.heads, dim // spec.heads, planes
+        self.form, self.disjoint = spec.transformer_type, disjoint
+        self.angle_scale = spec.angle_scale
         self.query = nn.Linear(dim, dim)
         self.keys = nn.Parameter(torch.randn(planes, dim) * dim**-0.5)
+        self.angles = nn.Parameter(torch.zeros(planes)) if spec.bias == "angle" else None
+        self.vector = nn.Parameter(torch.zeros(dim)) if spec.bias == "vector" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, d] -> [B, d], each plane turned by its softmax weight times 1 rad."""
+    def forward(self, x: Tensor, planes: Tensor) -> Tensor:
+        """[B, d] -> [B, d] of the same lengths."""
+        weights = self.weights(x)
+        turned = turn(
+            self.form,
+            x,
+            planes,
+            weights,
+            turn_angles(self.form, weights, self.angle_scale, self.angles),
+            disjoint=self.disjoint,
+            radius=self.radius(),
+        )
+        if self.vector is not None:
+            turned = turned + x.norm(dim=1, keepdim=True) * self.vector
+        return keep_length(turned, x)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Return the mean softmax weights of the heads: [B, planes], rows sum to 1."""
         B = len(x)
         asked = self.query(x).view(B, self.heads, self.width).transpose(0, 1)  # [H, B, d/H]
-        keys = self.keys.view(self.planes, self.heads, self.width).permute(1, 2, 0)
-        weights = (asked @ keys * self.width**-0.5).softmax(-1).mean(0)  # [B, planes]
-        angle = weights * RADIANS
-        cosine, sine = angle.cos(), angle.sin()
-        pairs = x[:, : 2 * self.planes].view(B, self.planes, 2)
-        along, across = pairs.unbind(-1)
-        turned = torch.stack(
-            [along * cosine - across * sine, along * sine + across * cosine], dim=-1
-        )
-        return torch.cat([turned.flatten(1), x[:, 2 * self.planes :]], dim=-1)
+        weights: Tensor = (asked @ self._keys() * self.width**-0.5).softmax(-1).mean(0)
+        return weights
 
-    def emit(self, graph: Graph, x: str) -> str:
+    def radius(self) -> float:
+        """Bound the sum of a row's |angles|."""
+        constant = 0.0 if self.angles is None else float(self.angles.detach().abs().sum())
+        return self.angle_scale + constant
+
+    def _keys(self) -> Tensor:
+        return self.keys.view(self.planes, self.heads, self.width).permute(1, 2, 0)
+
+    def emit(self, graph: Graph, x: str, turns: TurnGraph) -> str:
         """Add the layer to an ONNX graph."""
+        weights = self._emit_weights(graph, x)
+        angles = self._emit_angles(graph, weights)
+        turned = turns.turn(
+            self.form, x, weights, angles, disjoint=self.disjoint, radius=self.radius()
+        )
+        if self.vector is not None:
+            moved = graph.op("Mul", graph.norm(x), graph.constant(self.vector))
+            turned = graph.op("Add", turned, moved)
+        tiny = graph.constant(torch.finfo(torch.float32).tiny)  # a zero query stays zero
+        scale = graph.op("Div", graph.norm(x), graph.op("Max", graph.norm(turned), tiny))
+        return graph.op("Mul", turned, scale)
+
+    def _emit_weights(self, graph: Graph, x: str) -> str:
         shape = graph.axes(0, self.heads, self.width)
         asked = graph.op("Reshape", graph.linear(self.query, x), shape)
         asked = graph.op("Transpose", asked, perm=[1, 0, 2])
-        keys = self.keys.view(self.planes, self.heads, self.width).permute(1, 2, 0)
-        scores = graph.op("MatMul", asked, graph.constant(keys * self.width**-0.5))
-        weights = graph.op("Softmax", scores, axis=-1)
-        angle = graph.op("ReduceMean", weights, graph.axes(0), keepdims=0)
-        angle = graph.op("Mul", angle, graph.constant(RADIANS))
-        cosine, sine = graph.op("Cos", angle), graph.op("Sin", angle)
-        split = graph.op("Slice", x, graph.axes(0), graph.axes(2 * self.planes), graph.axes(1))
-        rest = graph.op("Slice", x, graph.axes(2 * self.planes), graph.axes(2**31), graph.axes(1))
-        pairs = graph.op("Reshape", split, graph.axes(0, self.planes, 2))
-        along = graph.op("Gather", pairs, graph.constant(torch.tensor(0)), axis=2)
-        across = graph.op("Gather", pairs, graph.constant(torch.tensor(1)), axis=2)
-        first = graph.op("Sub", graph.op("Mul", along, cosine), graph.op("Mul", across, sine))
-        second = graph.op("Add", graph.op("Mul", along, sine), graph.op("Mul", across, cosine))
-        ends = [graph.op("Unsqueeze", end, graph.axes(2)) for end in (first, second)]
-        turned = graph.op(
-            "Reshape", graph.op("Concat", *ends, axis=2), graph.axes(0, 2 * self.planes)
-        )
-        return graph.op("Concat", turned, rest, axis=1)
+        keys = graph.constant(self._keys() * self.width**-0.5)
+        weights = graph.op("Softmax", graph.op("MatMul", asked, keys), axis=-1)
+        return graph.op("ReduceMean", weights, graph.axes(0), keepdims=0)
+
+    def _emit_angles(self, graph: Graph, weights: str) -> str:
+        constant = torch.zeros(self.planes) if self.angles is None else self.angles.detach().cpu()
+        if self.form == "additive":
+            return graph.constant(self.angle_scale + constant)
+        angles = graph.op("Mul", weights, graph.constant(self.angle_scale))
+        return graph.op("Add", angles, graph.constant(constant))
 
 
 class CanonicalStudent(StudentModule):
-    """Layers of such rotations, composed; exact in disjoint planes, no learnt scale.
+    """Layers of such turns. Lengths stay, for every form and every bias.
 
-    Softmax weights sum to 1 over the planes, so a layer moves a query by little whatever it
-    learns: the cosine to the teacher stays near that of the query itself. Document 000 adds a
-    softplus scale, which cosines do not see and which breaks the length; it is left out.
+    Softmax weights sum to 1 over the planes, so on canonical planes and at an ``angle_scale`` of
+    1 a layer moves a query by little whatever it learns: the cosine to the teacher stays near
+    that of the query itself. Document 000 also multiplies by a learnt softplus scale;
+    ``compat="legacy"`` does so. No cosine and no ranking sees that scale, so the raw figures stay
+    what they are; it only breaks the lengths, by one factor for all queries. What the source
+    documents leave open (where the scale stands, how ``additive`` weighs) is chosen here.
+
+    ``additive`` has no direction where its rotations cancel, as half of a plane at pi with half
+    of another can; the answer is then zero.
     """
 
-    def __init__(self, *, dim: int, n_components: int, layers: int, heads: int) -> None:
+    takes_weights = has_router = False
+
+    def __init__(
+        self, spec: Canonical, *, dim: int, method: str = "canonical", disjoint: bool = True
+    ) -> None:
+        """Build on zero planes, unless they are canonical.
+
+        Args:
+            spec: what is asked; of its codebook the number of planes counts.
+            dim: d.
+            method: of the codebook that ``planes`` are copied from.
+            disjoint: whether that one's planes are.
+        """
         super().__init__()
-        Canonical(n_components=n_components, layers=layers, heads=heads).check_width(dim)
+        spec.check_width(dim)
+        own, n_components = method == "canonical", spec.planes().n_components
         self.config = {
-            "name": "canonical",
-            "dim": dim,
+            **spec.model_dump(mode="json", exclude={"codebook"}),
             "n_components": n_components,
-            "layers": layers,
-            "heads": heads,
+            "dim": dim,
+            "method": method,
+            "disjoint": disjoint,
         }
         self.layers = nn.ModuleList(
-            [CanonicalLayer(dim, n_components, heads) for _ in range(layers)]
+            CanonicalLayer(dim, spec, planes=n_components, disjoint=disjoint)
+            for _ in range(spec.layers)
         )
+        self.scale = nn.Parameter(torch.tensor(SCALE_OF_ONE)) if spec.compat == "legacy" else None
+        self.planes: Tensor
+        self.anchor: Tensor | None
+        axes = canonical(dim, n_components).planes if own else np.zeros((n_components, 2, dim))
+        # Canonical planes are not kept: they follow from the config.
+        self.register_buffer("planes", torch.tensor(axes, dtype=torch.float32), persistent=not own)
+        self.register_buffer("anchor", None if own else torch.eye(dim))
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
+        x = queries if self.anchor is None else queries @ self.anchor
         for layer in self.layers:
-            queries = layer(queries)
-        return queries
+            x = layer(x, self.planes)
+        x = keep_length(x, queries)
+        return x if self.scale is None else x * functional.softplus(self.scale)
 
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
         """Map training queries; there is no router over clusters, so weights say nothing."""
         del weights
         return Routed(self(queries))
 
+    def gentle(self) -> list[nn.Parameter]:
+        """The scale: no angle between vectors pulls at it, so decay alone would move it."""
+        return [] if self.scale is None else [self.scale]
+
     def emit(self, graph: Graph, queries: str) -> str:
         """Add ``forward`` to an ONNX graph."""
+        turns = TurnGraph(graph, self.planes)
+        x = queries
+        if self.anchor is not None:
+            x = graph.op("MatMul", x, graph.constant(self.anchor))
         for layer in self.layers:
             assert isinstance(layer, CanonicalLayer)
-            queries = layer.emit(graph, queries)
-        return queries
+            x = layer.emit(graph, x, turns)
+        if self.scale is None:
+            return x
+        return graph.op("Mul", x, graph.constant(functional.softplus(self.scale)))
 
 
 def build(spec: Canonical, teacher: TeacherModel, seed: int) -> CanonicalStudent:
-    """Start near the identity, as document 000 does: nothing is taken from the teacher."""
-    del seed  # the caller seeded torch with it
-    return CanonicalStudent(
-        dim=teacher.model.queries.shape[1],
-        n_components=spec.n_components,
-        layers=spec.layers,
-        heads=spec.heads,
-    )
+    """Start near the identity, or near G where the planes are the teacher's own.
+
+    Args:
+        spec: which planes, and how they turn.
+        teacher: over a model of the training queries alone: clusters weigh by those.
+        seed: of a randomized codebook; the caller seeded torch with it.
+    """
+    planes, dim = spec.planes(), teacher.model.queries.shape[1]
+    spec.check_width(dim)
+    if isinstance(planes, CanonicalPlanes):  # made from nothing: no logarithm is asked for
+        codebook = canonical(dim, planes.n_components)
+    else:
+        codebook = build_codebook(
+            planes, teacher.bivectors.cpu(), weights=_cluster_sizes(teacher), seed=seed
+        )
+    student = CanonicalStudent(spec, dim=dim, method=codebook.method, disjoint=codebook.disjoint)
+    if student.anchor is not None:
+        student.planes.copy_(torch.from_numpy(codebook.planes))
+        student.anchor.copy_(teacher.anchor)
+    return student
+
+
+def _cluster_sizes(teacher: TeacherModel) -> Tensor:
+    """[C]: training queries of each cluster."""
+    sizes = np.bincount(teacher.model.cluster_of, minlength=len(teacher.bivectors))
+    return torch.from_numpy(sizes)
 
 
 def restore(config: Mapping[str, Any]) -> CanonicalStudent:
-    """Build from a saved config."""
-    return CanonicalStudent(**{key: value for key, value in config.items() if key != "name"})
+    """Build from a saved config, on zero planes where they are not canonical.
+
+    A config of before there were codebooks says only dim, n_components, layers and heads.
+
+    Raises:
+        DataInvalid: a value is not what a spec allows.
+    """
+    told = dict(config)
+    dim, count = told.pop("dim"), told.pop("n_components")
+    method, disjoint = told.pop("method", "canonical"), told.pop("disjoint", True)
+    try:
+        if method == "canonical":
+            spec = Canonical(n_components=count, **told)
+        else:
+            planes = PrincipalPlanes(n_components=count, disjoint=disjoint)
+            spec = Canonical(codebook=planes, **told)
+    except ValidationError as error:
+        raise DataInvalid(f"the student's config: {error}") from error
+    return CanonicalStudent(spec, dim=dim, method=method, disjoint=disjoint)
 
 
 STUDENT = Student(spec=Canonical, build=build, restore=restore)

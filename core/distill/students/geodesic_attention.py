@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule, keep_length
-from core.distill.students._planes import leading_planes
 from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit, step_along, unit
 from core.distill.teachers._base import TeacherModel
+from core.rotations.planes import leading_planes
 from core.specs.students import GeodesicAttention
 
 SHARPNESS = 20.0
@@ -32,6 +32,8 @@ class GeodesicAttentionStudent(StudentModule):
     section 2): linear in the query for given w, as the teacher's small rotations are. D starts at
     zero, so that untrained this is the anchor's map.
     """
+
+    takes_weights = False
 
     def __init__(self, *, dim: int, clusters: int, slots: int, hidden: int) -> None:
         super().__init__()

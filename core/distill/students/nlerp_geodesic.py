@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule, keep_length
-from core.distill.students._planes import leading_planes
 from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit, step_along, unit
 from core.distill.teachers._base import TeacherModel
+from core.rotations.planes import leading_planes
 from core.specs.students import NlerpGeodesic
 
 CANCELLED = 1e-4
@@ -50,6 +50,7 @@ class NlerpGeodesicStudent(StudentModule):
             "router": router.config,
         }
         self.router = router
+        self.takes_weights, self.has_router = router.takes_weights, router.has_weights
         self.anchor: Tensor
         self.bases: Tensor
         self.angles: Tensor
@@ -129,11 +130,10 @@ def turned(bases: Tensor, angles: Tensor) -> Tensor:
 
 def _sum(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
     """Sum over all clusters: [B, d]; two products, and the weights between them."""
-    clusters, width, dim = bases.shape
-    coordinates = (x @ bases.reshape(-1, dim).T).view(-1, clusters, width)  # [B, C, 2m]
-    weighed = (coordinates * weights[:, :, None]).flatten(1)
-    total: Tensor = x + weighed @ back.reshape(-1, dim)
-    return total
+    dim = x.shape[1]
+    coordinates = (x @ bases.reshape(-1, dim).T).unflatten(1, bases.shape[:2])  # [B, C, 2m]
+    moved: Tensor = (coordinates * weights[:, :, None]).flatten(1) @ back.reshape(-1, dim)
+    return x + moved
 
 
 def _sum_sparse(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:

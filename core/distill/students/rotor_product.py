@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Student, StudentModule, keep_length
-from core.distill.students._planes import leading_planes
 from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
+from core.rotations.planes import leading_planes
 from core.specs.students import RotorProduct
 
 BLOCK_ROWS = 2048
@@ -48,6 +48,7 @@ class RotorProductStudent(StudentModule):
             "router": router.config,
         }
         self.router = router
+        self.takes_weights, self.has_router = router.takes_weights, router.has_weights
         self.anchor: Tensor
         self.register_buffer("anchor", torch.eye(dim))
         self.bases = nn.Parameter(torch.zeros(clusters, dim, 2 * planes), train_planes)
@@ -82,6 +83,17 @@ class RotorProductStudent(StudentModule):
     def gentle(self) -> list[nn.Parameter]:
         """Bases and angles."""
         return [self.bases, self.angles] if self.bases.requires_grad else []
+
+    def free_parameters(self) -> int:
+        """Count the router, and per cluster the dimension of m planes at right angles with angles.
+
+        2 (d - 2) for where a plane lies, 4 less for each next one, and an angle each: together
+        m (2 d - 2 m - 1), which for all planes is d (d - 1) / 2, that of so(d).
+        """
+        _, dim, columns = self.bases.shape
+        planes = columns // 2
+        router = sum(value.numel() for value in self.router.parameters())
+        return router + len(self.bases) * planes * (2 * dim - 2 * planes - 1)
 
     def _rotate(self, queries: Tensor, weights: Tensor) -> Tensor:
         return strang_product(queries @ self.anchor, weights, self.bases, self.angles)

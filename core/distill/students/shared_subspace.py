@@ -44,6 +44,7 @@ class SharedSubspaceStudent(StudentModule):
             "router": router.config,
         }
         self.router = router
+        self.takes_weights, self.has_router = router.takes_weights, router.has_weights
         self.anchor: Tensor
         self.register_buffer("anchor", torch.eye(dim))
         self.basis = nn.Parameter(torch.eye(dim, subspace))

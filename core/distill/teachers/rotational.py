@@ -6,7 +6,8 @@ from torch import Tensor
 
 from core.distill.teachers._base import Teacher
 from core.distill.teachers._federated import FederatedTeacher
-from core.rotations.action import exp_action
+from core.rotations.action import Series, exp_action
+from core.rotations.chebyshev import run_block
 from core.rotations.mixture import Mixture
 from core.specs.teachers import Rotational
 from core.tensors.shards import Array
@@ -21,6 +22,8 @@ class RotationalTeacher(FederatedTeacher):
     """
 
     VERSION = 3
+    series: Series = staticmethod(run_block)
+    """What sums the Chebyshev series of a block of queries."""
 
     def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
         """Rotate [Q, d] queries by given weights: [Q, d], dtype ``spec.dtype``."""
@@ -33,6 +36,7 @@ class RotationalTeacher(FederatedTeacher):
             log_scales=self._log_scales,
             anchor=self.anchor,
             rotations=self._rotations,
+            series=self.series,
         )
 
 

@@ -82,6 +82,69 @@ def arrays(marker: str) -> dict[str, bytes]:
     }
 
 
+SKEW = np.array([[[0, 1, 0], [-1, 0, 2], [0, -2, 0]]], np.float32)
+
+
+def caches(marker: str) -> dict[str, bytes]:
+    """Return hostile files of bivectors and of targets."""
+    objects = evil_objects(marker)
+    b, t = {"bivectors": SKEW}, {"targets": EYE}
+
+    def raw(name: str, member: bytes) -> bytes:
+        return zipped({f"{name}.npy": member})
+
+    def own(told: str, tensors: dict[str, Any], data: bytes) -> bytes:
+        return tensor_file({"__metadata__": {"manifest": told}, **tensors}, data)
+
+    bivector = {"bivectors": entry(shape=(1, 3, 3))}
+    return {
+        "cache, object bivectors": npz({"bivectors": objects}),
+        "cache, object targets": npz({"targets": objects}),
+        "cache, object ids": npz({**b, "cluster_ids": objects}),
+        "cache, object fingerprint": npz({**t, "fingerprint": objects}),
+        "cache, object settings": npz({**t, "settings": objects}),
+        "cache, code in the header": raw("targets", npy(f"open({marker!r}, 'w')\n")),
+        "cache, a pickle": raw("B", pickle.dumps(Reduces(exec, f"open({marker!r}, 'w')"))),
+        "cache, huge shape": raw("targets", npy(header(shape=f"({2**62}, {2**62})"), bytes(36))),
+        "cache, rows that are not there": raw("targets", npy(header(shape="(9, 3)"), bytes(36))),
+        "cache, bytes after": raw("targets", npy(header(), bytes(40))),
+        "cache, too many dimensions": raw(
+            "logs", npy(header(shape="(1, 20000, 20000)"), bytes(100))
+        ),
+        "cache, bomb": npz({"targets": np.ones((2_500_000, 2), "f4")}, compressed=True),
+        "cache, both": npz({**b, **t}),
+        "cache, two names": npz({**t, "teacher_targets": EYE}),
+        "cache, infinite": npz({"bivectors": np.where(SKEW > 0, np.float32(np.inf), SKEW)}),
+        "cache, 1e30": npz({"bivectors": SKEW * np.float32(1e30)}),
+        "cache, not skew": npz({"bivectors": np.abs(SKEW)}),
+        "cache, not square": npz({"bivectors": SKEW[:, :2]}),
+        "cache, of half floats": npz({"bivectors": SKEW.astype("f2")}),
+        "cache, NaN targets": npz({"targets": np.where(EYE > 0, np.float32(np.nan), EYE)}),
+        "cache, no targets": npz({"targets": EYE[:0]}),
+        "cache, digests of other width": npz({**t, "query_digests": np.zeros((3, 8), "u1")}),
+        "cache, too few ids": npz({**b, "cluster_ids": np.array(["a", "b"])}),
+        "cache, control characters": npz({**b, "cluster_ids": np.array(["a\x1b[2J"])}),
+        "cache, fingerprint is a path": npz({**t, "fingerprint": np.array("../../etc/passwd")}),
+        "cache, settings are a list": npz({**t, "settings": np.array("[1]")}),
+        "cache, settings too deep": npz({**t, "settings": np.array('{"a":' + "[" * 60_000)}),
+        "cache, settings infinite": npz({**t, "settings": np.array('{"a": 1e999}')}),
+        "cache, settings NaN": npz({**t, "settings": np.array('{"a": NaN}')}),
+        "cache, truncated": npz(t)[:-30],
+        "cache, own without a tensor": own(
+            '{"format":"targets_cache"}', {"x": entry()}, EYE.tobytes()
+        ),
+        "cache, own and not skew": own(
+            '{"format":"bivectors_cache"}', bivector, np.abs(SKEW).tobytes()
+        ),
+        "cache, own claims a list": own(
+            '{"format":"bivectors_cache","settings":[1]}', bivector, SKEW.tobytes()
+        ),
+        "cache, own claims a number": own(
+            '{"format":"bivectors_cache","fingerprint":3}', bivector, SKEW.tobytes()
+        ),
+    }
+
+
 def npz_member_pickled(array: Any) -> bytes:
     out = io.BytesIO()
     np.save(out, array, allow_pickle=True)

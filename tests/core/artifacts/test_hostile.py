@@ -1,4 +1,4 @@
-"""Over 150 hostile files: none is executed, each is refused, nothing is left behind."""
+"""Over 180 hostile files: none is executed, each is refused, nothing is left behind."""
 
 import subprocess
 import sys
@@ -45,6 +45,7 @@ def corpus(marker: str) -> dict[str, bytes]:
     return {
         **{f"pickle, {name}": packed(evil) for name, evil in pickles.items()},
         **hostile_files.arrays(marker),
+        **hostile_files.caches(marker),
         **hostile_files.zips(marker),
         **hostile_files.tars(marker),
         **hostile_files.tensors(marker),
@@ -70,7 +71,7 @@ def complaint(data: bytes, folder: Path) -> str | None:
 def test_hostile_files_are_refused_unexecuted_and_leave_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     files = corpus(str(marker))
-    assert len(files) >= 150
+    assert len(files) >= 180
 
     # Most of an import is waiting for its process.
     with ThreadPoolExecutor(4) as pool:

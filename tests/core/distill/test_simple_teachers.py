@@ -267,6 +267,7 @@ def test_combining_keeps_every_cluster_and_refuses_what_does_not_fit() -> None:
         check_federated(wrong)
 
 
+@pytest.mark.usefixtures("jax_there")
 def test_every_teacher_answers_for_a_student_trained_on_it() -> None:
     """Answers and weights come together, leave one out, for every row a student trains on."""
     model = make_model()

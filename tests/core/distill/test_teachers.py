@@ -63,6 +63,7 @@ def test_weights_are_convex(plugin: Teacher) -> None:
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("jax_there")
 def test_no_two_teachers_have_the_same_name_in_the_cache() -> None:
     prints = [build(plugin).fingerprint() for plugin in teachers().values()]
     assert len(set(prints)) == len(prints)

@@ -102,6 +102,14 @@ class World:
             student=student or {"name": "rotor_product", "router_hidden": 16},
             training=TRAINING,
         )
+        sweep = self.submit(
+            kind="sweep",
+            model=model,
+            targets=f"{cache}/targets",
+            students=[{"name": "rotor_product", "router_hidden": 16}],
+            grid={"planes": [1, 3]},
+            training={**TRAINING, "epochs_per_chunk": 2},
+        )
         evaluate = self.submit(
             kind="evaluate", pairs=pairs, model=model, student=f"{distill}/student"
         )
@@ -110,7 +118,22 @@ class World:
         )
         combined = self.submit(kind="combine_models", models=[model, f"{other}/model"])
         echo = self.submit(kind="echo", text="hi", times=2)
-        jobs = (fit, cache, distill, evaluate, combined, echo)
+        export = self.submit(kind="export_cache", model=model, targets=f"{cache}/targets")
+        taken_in = self.submit(
+            kind="import_cache",
+            model=model,
+            bivectors=f"{export}/bivectors_npz",
+            targets=f"{export}/targets_npz",
+            rows_per_chunk=40,
+            verify=30,
+        )
+        codebook = self.submit(
+            kind="build_codebook", model=model, codebook={"method": "combined", "n_components": 4}
+        )
+        jobs = (
+            *(fit, cache, distill, sweep, evaluate),
+            *(combined, echo, export, taken_in, codebook),
+        )
         return {self.job(job_id).kind: job_id for job_id in jobs}
 
 
@@ -182,11 +205,13 @@ class Stolen(LocalStore):
     def __init__(self, world: World) -> None:
         super().__init__(world.store.root)
         self.made: set[str] = set()
+        self.stolen = False
         self._world = world
 
     def put(self, path: Path) -> Blob:
         blob = super().put(path)
         self.made.add(blob.sha256)
+        self.stolen = True
         self._world.clock.tick(seconds=31)
         release(self._world.engine, self._world.clock)
         return blob
@@ -198,8 +223,10 @@ def _run_every_chunk_twice(world: World) -> set[str]:
     first = make_runner(world.engine, store, world.clock, world.folder, "slow")
     while first.run_one():
         _teacher._kept.clear()  # as in a process of its own
-        world.runner.run_one()
+        if store.stolen:  # a chunk that found all it makes in the cache stores nothing, and is done
+            world.runner.run_one()
         _teacher._kept.clear()
+        store.stolen = False
     return store.made
 
 
@@ -252,6 +279,12 @@ def test_targets_may_be_left_out_and_change_nothing(world: World) -> None:
     "student",
     [
         {"name": "canonical", "n_components": 4, "layers": 1, "heads": 2},
+        {
+            "name": "canonical",
+            "codebook": {"method": "pca", "n_components": 4, "disjoint": False},
+            "transformer_type": "bivector_blend",
+            "bias": "angle",
+        },
         {"name": "rotor_product", "router": "exact", "planes": 3},
         {"name": "rotor_product", "router": "exact", "train_planes": False},
         {"name": "nlerp_geodesic", "router": "projected", "correction_hidden": 4},

@@ -1,0 +1,123 @@
+"""One step of the training loop: forward, loss, backward, optimizer, retraction, average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from core.distill.batches import dense_weights
+from core.distill.curriculum import Examples
+from core.distill.losses._base import Batch, losses, total_loss
+from core.distill.state import TrainState, trainable
+from core.distill.students._base import Routed
+from core.errors import SpecInvalid
+
+Forward = Callable[[Tensor, Tensor], Routed]
+Compiler = Callable[[Forward], Forward]
+
+
+class Stepper:
+    """Steps of one state, with what does not change between them found once."""
+
+    wants_weights: bool
+    """Whether its batches must hold the teacher's weights."""
+
+    def __init__(self, state: TrainState, *, compiler: Compiler | None = None) -> None:
+        """Prepare.
+
+        Args:
+            state: changed in place by ``step``.
+            compiler: makes the forward that ``training.compile`` asks for; torch's own by default.
+        """
+        self.state = state
+        self._forward: Forward = state.student.routed
+        if state.training.compile:
+            self._forward = (compiler or inductor)(self._forward)
+        learning = trainable(state.student)
+        self._learning = [value.detach() for value in learning.values()]
+        self._averages = [state.ema[name] for name in learning]
+        self._losses = state.training.losses.model_dump()
+        compared = any(self._losses[name] and loss.needs_router for name, loss in losses().items())
+        self.wants_weights = state.student.takes_weights or (state.student.has_router and compared)
+
+    def step(self, batch: list[Examples], rate: float) -> None:
+        """Take one optimizer step at a learning rate; add the loss and its terms to the sums."""
+        state = self.state
+        assert state.optimizer is not None
+        loss, terms = self.loss(batch)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        state.optimizer.step()
+        state.student.retract()
+        state.step += 1
+        state.within += 1
+        self._average()
+        for name, value in {"loss": loss.detach(), **terms}.items():
+            # float64, on the device: reading a number at every step would wait for the device.
+            state.sums[name] = state.sums.get(name, 0.0) + value.double()
+
+    def loss(self, batch: list[Examples]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch, and its terms before their weights.
+
+        With ``precision`` bfloat16 the student's products are rounded to 8 bits of mantissa;
+        what comes out of it, and every term of the loss, is float32.
+
+        Raises:
+            SpecInvalid: every term that weighs something needs a router the student does not have.
+        """
+        weights = dense_weights(batch, weights=self.wants_weights)
+        queries = torch.cat([part.queries for part in batch])
+        narrow = self.state.training.precision == "bfloat16"
+        with torch.autocast(queries.device.type, torch.bfloat16, enabled=narrow):
+            routed = self._forward(queries, weights)
+        log_weights = routed.log_weights
+        seen = Batch(
+            student=routed.vectors.float(),
+            teacher=torch.cat([part.teacher for part in batch]),
+            candidates=batch[0].candidates,
+            log_weights=None if log_weights is None else log_weights.float(),
+            weights=weights if self.wants_weights else None,
+        )
+        loss, terms = total_loss(seen, self._losses)
+        if not terms:
+            raise SpecInvalid(
+                "training.losses: no term of weight above 0 applies to this student; allowed: any "
+                "of geodesic, cvar, retrieval_kl above 0",
+                pointer="/training/losses",
+            )
+        return loss, terms
+
+    def _average(self) -> None:
+        """Move the average towards the parameters; early steps are forgotten faster."""
+        kept, step = self.state.training.ema_decay, self.state.step
+        decay = min(kept, (1 + step) / (10 + step)) if kept else 0.0
+        torch._foreach_lerp_(self._averages, self._learning, 1 - decay)
+
+
+def inductor(forward: Forward) -> Forward:
+    """Compile with torch's own compiler; a function of the student and the batch's shape alone.
+
+    Every shape is compiled for itself, and what other students left in the compiler is forgotten:
+    else the code of a batch would depend on which batches came before, and with it the last bits.
+
+    Raises (where the forward is called first):
+        SpecInvalid: there is no working compiler on this machine.
+    """
+    torch.compiler.reset()
+    made: Forward = torch.compile(forward, dynamic=False)
+
+    def compiled(queries: Tensor, weights: Tensor) -> Routed:
+        try:
+            return made(queries, weights)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise SpecInvalid(
+                f"training.compile true: this worker cannot compile the student ({error}); "
+                "allowed: false, or a worker with a C++ compiler (a GPU: Triton)",
+                pointer="/training/compile",
+            ) from error
+
+    return compiled
