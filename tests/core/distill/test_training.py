@@ -50,8 +50,10 @@ def start(name: str, training: Training) -> TrainState:
     return TrainState.start(make_student(name), training, seed=2)
 
 
-@pytest.mark.parametrize("restless", [False, True], ids=["calm", "past its best"])
-@every_student
+@pytest.mark.parametrize(
+    ("name", "restless"),
+    [*((name, False) for name in students()), ("canonical", True), ("rotor_product", True)],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     name: str, tmp_path: Path, *, restless: bool
 ) -> None:
