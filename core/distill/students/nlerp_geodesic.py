@@ -72,9 +72,12 @@ class NlerpGeodesicStudent(StudentModule):
         """Map [B, d] queries to [B, d]."""
         clusters, width, _ = self.bases.shape
         rows = max(1, BLOCK_ENTRIES // (clusters * width))
-        return torch.cat(
-            [self._map(part, self.router.log_weights(part).exp()) for part in queries.split(rows)]
-        )
+        back = turned(self.bases, self.angles)
+        parts = [
+            self._map(part, self.router.log_weights(part).exp(), back)
+            for part in queries.split(rows)
+        ]
+        return torch.cat(parts)
 
     def free_parameters(self) -> int:
         """Count router and step, and per cluster its planes and angles, the teacher's own."""
@@ -84,16 +87,16 @@ class NlerpGeodesicStudent(StudentModule):
     def routed(self, queries: Tensor, weights: Tensor) -> Routed:
         """Map training queries, routed as their router does in training."""
         weights, log_weights = self.router.training_weights(queries, weights)
-        return Routed(self._map(queries, weights), log_weights)
+        back = turned(self.bases, self.angles)
+        return Routed(self._map(queries, weights, back), log_weights)
 
     def gentle(self) -> list[nn.Parameter]:
         """All of the step's: it corrects by a few hundredths of a radian over d dimensions."""
         step = (self.up, self.down)
         return [value for layer in step if layer is not None for value in layer.parameters()]
 
-    def _map(self, queries: Tensor, weights: Tensor) -> Tensor:
+    def _map(self, queries: Tensor, weights: Tensor, back: Tensor) -> Tensor:
         x = queries @ self.anchor
-        back = turned(self.bases, self.angles)
         sparse = not weights.requires_grad and bool((weights == 0).float().mean() > SPARSE)
         total = (_sum_sparse if sparse else _sum)(x, weights, self.bases, back)
         kept = total.norm(dim=-1, keepdim=True) > CANCELLED * queries.norm(dim=-1, keepdim=True)
