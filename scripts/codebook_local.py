@@ -106,6 +106,7 @@ def find_logs(plan: Plan, model: Federated) -> Bivectors | None:
 def train(plan: Plan, model: Federated) -> None:
     """Targets, training, judgement, files."""
     plan.student.check_width(model.queries.shape[1])
+    plan.teacher.check_width(model.queries.shape[1])
     check_router(plan.student, plan.teacher)
     plan.training.check_teacher(answers_new=plan.teacher.answers_new)
     logs = find_logs(plan, model)

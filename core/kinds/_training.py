@@ -98,6 +98,7 @@ def check_student(spec: TrainingSpec, student: Student, inputs: Mapping[str, Inp
     """
     student.check_width(inputs["model"].meta["dim"])
     told = told_teacher(spec, inputs)
+    told.check_width(inputs["model"].meta["dim"])
     check_router(student, told)
     spec.training.check_teacher(answers_new=told.answers_new)
 

@@ -63,6 +63,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
         raise SpecInvalid(
             f"pairs have {asked['dim']} dimensions, the model {model['dim']}", pointer="/pairs"
         )
+    spec.teacher.check_width(model["dim"])
     teacher = teacher_bytes(model)
     logs = len(blocks(model["clusters"], CLUSTERS_PER_BLOCK)) if spec.teacher.needs_logs else 0
     block = float_bytes(min(BLOCK_ENTRIES, asked["rows"] * asked["dim"]))

@@ -58,6 +58,8 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             "Judge it with its own model",
             pointer="/student",
         )
+    if spec.teacher is not None:
+        spec.teacher.check_width(dim)
     own = inputs["model"].meta["pairs"] == inputs["pairs"].sha256
     most = inputs["model"].meta["held_out"] if own else inputs["pairs"].meta["rows"]
     if most == 0:

@@ -94,6 +94,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     for name, (counted, facts) in expected.items():
         if name in inputs:
             _check_fits(name, counted, inputs[name].meta, facts, spec)
+    spec.teacher.check_width(model["dim"])
     teacher = teacher_bytes(model)
     wide = float_bytes(CLUSTERS_PER_BLOCK, model["dim"], model["dim"])
     block = float_bytes(min(BLOCK_ENTRIES, asked["rows"] * asked["dim"]))

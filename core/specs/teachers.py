@@ -28,6 +28,9 @@ class Weighing(Closed):
     )
     dtype: Literal["float32", "float64"] = "float32"
 
+    def check_width(self, dim: int) -> None:
+        """Raise SpecInvalid where the model's width does not allow what is told; most allow any."""
+
     def whole_logs(self) -> bool:
         """Whether log W is blended, not log(G^T W) after G."""
         return False
@@ -154,6 +157,10 @@ class Orthogonal(Routing):
     needs_logs = True
     name: Literal["orthogonal"] = "orthogonal"
     codebook: Codebook = PrincipalPlanes()
+
+    def check_width(self, dim: int) -> None:
+        """Raise SpecInvalid where the width has too few planes."""
+        self.codebook.check_width(dim, "/teacher/codebook")
 
 
 Teacher = Annotated[

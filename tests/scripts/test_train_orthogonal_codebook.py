@@ -17,6 +17,7 @@ import torch
 
 from core.distill.export import load_student
 from tests.client.service import Service
+from tests.core._jax import require_jax
 from tests.core.artifacts import federated_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +143,7 @@ def test_the_first_two_command_lines_share_one_cache(folder: Path) -> None:
 
 
 def test_the_third_command_line_takes_jax_and_saves_nothing(folder: Path) -> None:
-    pytest.importorskip("jax") if "CI" not in os.environ else None
+    require_jax()
     said = succeeded(folder, THIRD)
     assert "exact teacher" in said
     made = {path.name for path in (folder / "models").iterdir()}

@@ -12,8 +12,10 @@ from torch import Tensor
 from core.distill import fitting
 from core.distill.curriculum import TrainingData, training_data
 from core.distill.students._base import StudentModule, build_student
+from core.distill.teachers._base import TeacherModel, teachers
 from core.distill.teachers.rotational import RotationalTeacher
 from core.specs.clusterings import KMeans
+from core.specs.codebooks import PrincipalPlanes
 from core.specs.students import (
     Canonical,
     GeodesicAttention,
@@ -21,7 +23,7 @@ from core.specs.students import (
     RotorProduct,
     SharedSubspace,
 )
-from core.specs.teachers import Rotational
+from core.specs.teachers import Orthogonal, Rotational
 from core.specs.training import Training
 from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
@@ -38,6 +40,14 @@ SMALL_STUDENTS = {
     "shared_subspace": SharedSubspace(router="learnt", router_hidden=16, subspace=6),
 }
 """One spec per student file; the suites run over the registry and find theirs here."""
+SMALL_TEACHERS = {"orthogonal": Orthogonal(codebook=PrincipalPlanes(n_components=4))}
+"""Specs of the teachers whose defaults ask for more than the small model has."""
+
+
+def make_any_teacher(name: str, model: Federated | None = None) -> TeacherModel:
+    plugin = teachers()[name]
+    spec = SMALL_TEACHERS.get(name) or plugin.spec()
+    return plugin.build(model or make_model(), spec, "cpu", None)
 
 
 def unit(array: Array) -> Array:

@@ -18,6 +18,7 @@ from core.tensors.formats import Federated, Pairs, check_federated
 from core.tensors.shards import Array
 from tests.core.distill._make import (
     DIM,
+    make_any_teacher,
     make_model,
     make_pairs,
     make_teacher,
@@ -272,7 +273,7 @@ def test_every_teacher_answers_for_a_student_trained_on_it() -> None:
     """Answers and weights come together, leave one out, for every row a student trains on."""
     model = make_model()
     for name in teachers():
-        teacher = build(name)
+        teacher = make_any_teacher(name)
         own = torch.from_numpy(teacher.own_rows(model.queries))
         said = teacher.answers(model.queries, exclude_rows=own)
         assert said.vectors.shape == model.queries.shape
