@@ -184,8 +184,12 @@ def test_what_is_not_true_is_refused_with_its_place(world: World, tmp_path: Path
         ({"targets": t["targets"][::-1]}, {"verify": 1}, r"targets: row \d+ is .* other queries"),
         (digests, {}, r"query_digests: row 77 is of another query \(1 of the 50 rows from 50"),
         ({**t, "fingerprint": np.array("f" * 64)}, {}, "the file says it is of teacher ffffffff"),
-        (t, {"teacher": {"top_k": 3}}, "fingerprint: the file says"),
-        (bare, {"teacher": {"compat": "legacy", "top_k": 2}}, "of another teacher"),
+        (t, {"teacher": {"name": "rotational", "top_k": 3}}, "fingerprint: the file says"),
+        (
+            bare,
+            {"teacher": {"name": "rotational", "compat": "legacy", "top_k": 2}},
+            "of another teacher",
+        ),
     ]
     for file, options, reason in table:
         with pytest.raises(DataInvalid, match=reason):
@@ -233,7 +237,11 @@ def test_what_cannot_fit_is_refused_before_it_runs(world: World) -> None:
         (import_cache, {"model": A, "bivectors": B, "pairs": C}, "there are no targets"),
         (import_cache, {"model": A, "targets": B, "verify": 0}, "greater than or equal to 1"),
         (export_cache, {}, "nothing to export"),
-        (export_cache, {"targets": B, "teacher": {}}, "without 'model' there are none"),
+        (
+            export_cache,
+            {"targets": B, "teacher": {"name": "rotational"}},
+            "without 'model' there are none",
+        ),
     ],
 )
 def test_a_spec_that_asks_for_nothing_is_refused(

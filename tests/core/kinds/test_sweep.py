@@ -48,8 +48,8 @@ def test_students_may_be_listed_without_a_grid() -> None:
     listed = spec(students=[{**ROTOR, "planes": 2}, EXACT, CANONICAL])
 
     assert [variant.name for variant in listed.variants()] == [
-        "rotor_product planes=2 router=learnt router_hidden=16",
-        "rotor_product planes=16 router=exact router_hidden=null",
+        "rotor_product router=learnt router_hidden=16 planes=2",
+        "rotor_product router=exact router_hidden=null planes=16",
         "canonical",
     ]
     assert [variant.name for variant in spec().variants()] == ["rotor_product"]
