@@ -264,7 +264,11 @@ def judge(found: Mapping[tuple[str, Split], Sequence[Cell]], asked: argparse.Nam
     anchored, legacy = found["the fit's own choice", "query"], found["compat legacy", "query"]
     sizes, speeds = anchored[0].sizes, anchored[0].speeds
     gaps = {name: mean(one.gap(name, judged.GLOBAL) for one in anchored) for name in sizes}
-    small = [name for name in sizes if sizes[name] <= LARGEST_MB and speeds[name] >= LEAST_SPEED]
+    small = [
+        name
+        for name in sizes
+        if name != MLP and sizes[name] <= LARGEST_MB and speeds[name] >= LEAST_SPEED
+    ]
     best = max(small, key=lambda name: gaps[name], default=None)
     cosine = mean(one.rows[EXACT].cosine_mean for one in legacy)
     drift = max(
@@ -274,6 +278,8 @@ def judge(found: Mapping[tuple[str, Split], Sequence[Cell]], asked: argparse.Nam
         Figure("rotor gap closed, anchored", gaps[EXACT], 0.95),
         Figure("rotor cosine, legacy", cosine, 0.98),
         Figure("best small and fast student's gap", gaps[best] if best else 0.0, 0.5),
+        Figure("beyond the plain MLP", (gaps[best] if best else 0.0) - gaps[MLP], 0.0),
+        Figure("splits by query and by cluster", len(anchored), 5),
         Figure("norm drift of any student", drift, 1e-6, at_most=True),
     ]
     named = "none" if best is None else f"{best}: {sizes[best]:.1f} MB, {speeds[best]:.0f} q/s"

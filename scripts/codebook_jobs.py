@@ -16,8 +16,10 @@ from client.views import Job
 from core.errors import SpecInvalid
 from scripts.codebook_plan import Plan
 
+INTERVAL = 1000
+"""Targets in a block where --checkpoint-interval does not say: document 000's."""
 SMALLEST_BLOCK = 16
-"""Of targets in a job; a smaller --checkpoint-interval would checkpoint more than compute."""
+"""Of targets in a job."""
 STUDENT_FILES = {"student_pt": ".pt", "student": ".safetensors", "student_onnx": ".onnx"}
 
 
@@ -40,6 +42,7 @@ def _refuse_what_is_local(plan: Plan) -> None:
         "--checkpoint-path": files.checkpoint_path is not None,
         "--bivector-cache": files.bivector_cache is not None,
         "--report": files.report is not None,
+        "--pairs": files.pairs is not None,
     }
     given = [name for name, there in local.items() if there]
     if given:
@@ -55,7 +58,9 @@ def _run(plan: Plan, client: Stillroom) -> None:
     shared = {"seed": plan.seed, "device": plan.job_device()}
     if plan.files.save_codebook is not None:
         codebook = plan.codebook.model_dump(mode="json")
-        spec = {"kind": "build_codebook", "model": model, "codebook": codebook, **shared}
+        legacy = plan.teacher.whole_logs() and plan.codebook.method != "canonical"
+        compat = {"compat": "legacy"} if legacy else {}
+        spec = {"kind": "build_codebook", "model": model, "codebook": codebook, **compat, **shared}
         jobs["codebook"] = client.submit(spec)
     if plan.train:
         jobs |= _training(plan, client, model, shared)
@@ -83,14 +88,20 @@ def _training(
     """Targets from the file or from the teacher, and the student trained on them."""
     teacher = plan.teacher.model_dump(mode="json")
     cache = plan.files.target_cache
-    block = max(SMALLEST_BLOCK, plan.files.checkpoint_interval)
+    interval = plan.files.checkpoint_interval or INTERVAL
+    if interval < SMALLEST_BLOCK:
+        raise SpecInvalid(
+            f"--checkpoint-interval {interval} with --api; allowed: {SMALLEST_BLOCK} and more"
+        )
     about = {"model": model, "teacher": teacher, **shared}
     jobs: dict[str, Job] = {}
     if cache is not None and cache.exists():
         given = _upload(client, cache)
         jobs["targets"] = client.submit({"kind": "import_cache", "targets": given, **about})
     else:
-        jobs["targets"] = client.submit({"kind": "cache_targets", "rows_per_chunk": block, **about})
+        jobs["targets"] = client.submit(
+            {"kind": "cache_targets", "rows_per_chunk": interval, **about}
+        )
     targets = f"{jobs['targets']['id']}/targets"
     if cache is not None and not cache.exists():
         jobs["export"] = client.submit({"kind": "export_cache", "targets": targets, **shared})

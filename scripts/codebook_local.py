@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from client.packing import packed
 from core.artifacts.sandbox import import_file
 from core.distill import evaluation as judged
 from core.distill.backends import compare_backends
+from core.distill.batches import dense_weights, real_rows
 from core.distill.bivector_cache import cached_bivectors
 from core.distill.combining import combine
 from core.distill.curriculum import TrainingData, training_data
@@ -28,17 +31,26 @@ from core.distill.fitting import global_rotation
 from core.distill.report import write_report
 from core.distill.state import TrainState
 from core.distill.students._base import StudentModule, build_student
-from core.distill.target_cache import cached_targets
+from core.distill.target_cache import CHECKPOINT_INTERVAL, cached_targets
 from core.distill.teachers._base import Bivectors, TeacherModel, teachers
+from core.distill.teachers._federated import fingerprint
+from core.distill.teachers.rotational import RotationalTeacher
+from core.distill.teachers.rotational_jax import JaxRotationalTeacher
 from core.distill.training import remarks, run_epochs
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations import codebook as codebooks
 from core.specs.students import check_router
+from core.tensors.caches import read_claims
 from core.tensors.codebooks import save_codebook_npz
-from core.tensors.formats import Federated, load_federated
+from core.tensors.formats import Federated, load_federated, load_pairs
+from core.tensors.shards import Array
 from scripts.codebook_plan import Plan
 
 Report = Callable[[int, int], None]
+FITTED = (
+    "Warning: these pairs are among those that the model's rotations were fitted to, and they "
+    "chose the student's best epoch, so every row flatters. Judge on pairs of your own: --pairs."
+)
 MEASURED_ROWS = 1024
 """Targets that each backend computes when the faster one is looked for."""
 
@@ -55,28 +67,31 @@ def run(plan: Plan) -> None:
 
 def load_model(plan: Plan) -> Federated:
     """Read the model or models, each through the sandbox that uploads pass."""
-    found: dict[str, Federated] = {}
+    found: list[Federated] = []
     for path in plan.files.models:
-        model = _import(path)
+        with imported(path, "federated_model") as file:
+            model = load_federated(file)
         click.echo(
             f"{path}: {len(model.rotations)} clusters, {len(model.queries)} training queries, "
             f"{model.queries.shape[1]} dimensions",
             err=True,
         )
-        found[str(path)] = model
+        found.append(model)
     if len(found) == 1:
-        return next(iter(found.values()))
-    return combine({f"{index:064x}": model for index, model in enumerate(found.values())})
+        return found[0]
+    return combine({f"{index:064x}": model for index, model in enumerate(found)})
 
 
-def _import(path: Path) -> Federated:
-    with packed(path) as file, tempfile.TemporaryDirectory(prefix="still-model-") as folder:
+@contextmanager
+def imported(path: Path, needed: str) -> Iterator[Path]:
+    """Check a file as an upload is checked; yield its canonical form as long as it lasts."""
+    with packed(path) as file, tempfile.TemporaryDirectory(prefix="still-import-") as folder:
         made = import_file(file, file_name=path.name, workdir=Path(folder))
-        if made.format != "federated_model":
-            raise DataInvalid(f"{path}: is of format {made.format!r}; needed a federated model")
+        if made.format != needed:
+            raise DataInvalid(f"{path}: is of format {made.format!r}; needed {needed!r}")
         for note in made.notes:
             click.echo(f"{path}: {note}", err=True)
-        return load_federated(made.path)
+        yield made.path
 
 
 def save_codebook(plan: Plan, model: Federated) -> None:
@@ -115,7 +130,7 @@ def train(plan: Plan, model: Federated) -> None:
     teacher = build(model, plan.teacher, plan.local_device(), logs)
     targets = find_targets(plan, teacher)
     data = training_data(teacher, targets, plan.training, seed=plan.seed)
-    state = start_or_resume(plan, teacher)
+    state = start_or_resume(plan, teacher, targets)
     train_epochs(plan, state, data)
     student = state.result()
     words = remarks(student)
@@ -153,12 +168,28 @@ def measured(plan: Plan, model: Federated, bivectors: Bivectors | None) -> Plan:
     """Choose torch or JAX by the clock where the plan leaves it open."""
     if not plan.measure:
         return plan
+    known = _taught_before(plan, model)
+    if known is not None:
+        return plan.taught_by(known)
     table = compare_backends(
         model, plan.teacher, plan.local_device(), queries=MEASURED_ROWS, bivectors=bivectors
     )
     for timing in table.timings:
         click.echo(f"{timing.name}: {timing.queries_per_second:,.0f} targets a second", err=True)
     return plan.taught_by(table.fastest)
+
+
+def _taught_before(plan: Plan, model: Federated) -> str | None:
+    """Return whose targets the cache holds: no measurement is worth computing them again."""
+    path = plan.files.target_cache
+    if path is None or not path.exists():
+        return None
+    told = read_claims(path).fingerprint
+    candidates = {"rotational": RotationalTeacher, "rotational_jax": JaxRotationalTeacher}
+    for name, teacher in candidates.items():
+        if told == fingerprint(teacher, model, plan.taught_by(name).teacher):
+            return name
+    return None
 
 
 def find_targets(plan: Plan, teacher: TeacherModel) -> torch.Tensor:
@@ -177,14 +208,14 @@ def find_targets(plan: Plan, teacher: TeacherModel) -> torch.Tensor:
             queries,
             path=plan.files.target_cache,
             checkpoint_path=plan.files.checkpoint_path,
-            checkpoint_interval=plan.files.checkpoint_interval,
+            checkpoint_interval=plan.files.checkpoint_interval or CHECKPOINT_INTERVAL,
             report=report,
         )
     click.echo(f"{plan.files.target_cache}: targets of {len(found)} queries", err=True)
     return torch.from_numpy(found)
 
 
-def start_or_resume(plan: Plan, teacher: TeacherModel) -> TrainState:
+def start_or_resume(plan: Plan, teacher: TeacherModel, targets: torch.Tensor) -> TrainState:
     """Begin training, or go on from the checkpoint.
 
     Raises:
@@ -198,6 +229,11 @@ def start_or_resume(plan: Plan, teacher: TeacherModel) -> TrainState:
         seed=plan.seed,
         device=plan.local_device(),
     )
+    fresh.origin = {
+        "seed": plan.seed,
+        "teacher": teacher.fingerprint(),
+        "targets": hashlib.sha256(np.ascontiguousarray(targets.numpy()).data).hexdigest(),
+    }
     if not plan.files.resume:
         return fresh
     assert path is not None
@@ -206,6 +242,9 @@ def start_or_resume(plan: Plan, teacher: TeacherModel) -> TrainState:
     state = TrainState.load(path, device=plan.local_device())
     if state.student.config != fresh.student.config:
         raise SpecInvalid(f"--resume: {path} is of another student: {state.student.config}")
+    if state.origin != fresh.origin:
+        odd = [name for name in fresh.origin if state.origin.get(name) != fresh.origin[name]]
+        raise SpecInvalid(f"--resume: {path} was trained with another {' and '.join(odd)}")
     if state.training != plan.training:
         raise SpecInvalid(f"--resume: {path} was trained with {state.training!r}")
     click.echo(f"{path}: goes on after epoch {state.epoch}", err=True)
@@ -219,10 +258,13 @@ def judge(
     student: StudentModule,
     targets: torch.Tensor,
 ) -> judged.Evaluation:
-    """Judge on the queries the student never saw, searched among all targets of the model.
+    """Judge on pairs of the caller's own, or else on the queries held back from the student.
 
-    The teacher's row is its leave-one-out answers: a query never routes through itself.
+    Those are pairs that the model's rotations were fitted to; all that can be left out of an
+    answer is the query itself, for the teacher and for a student that copies its routing.
     """
+    if plan.files.pairs is not None:
+        return judge_on(plan.files.pairs, plan, teacher, student)
     model = teacher.model
     rows = data.validation.cpu().numpy()
     rows = rows[np.sort(np.unique(model.queries[rows], axis=0, return_index=True)[1])]
@@ -235,9 +277,49 @@ def judge(
         judged.MEAN: lengths * judged.mean_direction(model.targets[seen]),
         judged.GLOBAL: (queries.astype(np.float64) @ one).astype(np.float32),
         judged.TEACHER: targets.numpy()[rows].astype(np.float32),
-        plan.student.name: judged.student_vectors(student, queries, device=plan.local_device()),
+        plan.student.name: _left_out(student, data, torch.from_numpy(rows)),
     }
-    return judged.evaluate(outputs, model.targets, rows, seed=plan.seed)
+    found = judged.evaluate(outputs, model.targets, rows, seed=plan.seed)
+    own = [sentence for sentence in found.words if sentence.startswith(plan.student.name)]
+    return replace(found, words=[FITTED, *own])
+
+
+def _left_out(student: StudentModule, data: TrainingData, rows: torch.Tensor) -> Array:
+    """Map training queries, none routed through itself: [Q, d] float32."""
+    device, wanted = data.train.device, student.takes_weights
+    student = student.to(device).eval()
+    parts = []
+    with torch.no_grad():
+        for part in rows.to(device).split(judged.BLOCK_ROWS):
+            some = real_rows(data, part, weights=wanted)
+            weights = dense_weights([some], weights=wanted)
+            parts.append(student.routed(some.queries, weights).vectors.cpu())
+    vectors: Array = torch.cat(parts).numpy()
+    return vectors
+
+
+def judge_on(
+    path: Path, plan: Plan, teacher: TeacherModel, student: StudentModule
+) -> judged.Evaluation:
+    """Judge on the queries of other pairs that the model was not trained on."""
+    model = teacher.model
+    with imported(path, "pairs") as file:
+        pairs = load_pairs(file)
+    if pairs.queries.shape[1] != model.queries.shape[1]:
+        raise DataInvalid(
+            f"{path}: {pairs.queries.shape[1]} dimensions, the model {model.queries.shape[1]}"
+        )
+    rows, dropped = judged.unseen(pairs, model)
+    if not len(rows):
+        raise DataInvalid(f"{path}: the model was trained on every one of these queries")
+    queries = pairs.queries[rows].astype(np.float32)
+    one = global_rotation(model.queries, model.targets)
+    outputs = judged.baselines(teacher.knowing(pairs), queries, anchor=one)
+    outputs[plan.student.name] = judged.student_vectors(
+        student, queries, device=plan.local_device()
+    )
+    targets = pairs.targets.astype(np.float32)
+    return judged.evaluate(outputs, targets, rows, seed=plan.seed, dropped=dropped)
 
 
 def save(plan: Plan, student: StudentModule, state: TrainState, words: list[str]) -> None:
@@ -258,7 +340,7 @@ def save(plan: Plan, student: StudentModule, state: TrainState, words: list[str]
 
 def show(plan: Plan, found: judged.Evaluation, state: TrainState) -> None:
     """Print the table and the sentences; write the report where one is asked for."""
-    click.echo(f"\n{found.queries} queries the student never saw, among {found.targets} targets")
+    click.echo(f"\n{found.queries} queries not trained on, among {found.targets} targets")
     head = ("", "hit@1", "hit@5", "hit@10", "cosine", "gap closed")
     lines: list[tuple[str, ...]] = [head]
     for row in found.rows:

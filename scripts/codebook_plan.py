@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from core.errors import SpecInvalid
-from core.specs.codebooks import Codebook
+from core.specs.codebooks import PLANES, Codebook
 from core.specs.students import Student
 from core.specs.teachers import parse_teacher
 from core.specs.training import Training
@@ -30,6 +30,14 @@ ALIASES = {"jax": "rotational_jax"}
 MEASURED = "auto"
 _STUDENT: TypeAdapter[Any] = TypeAdapter(Student)
 _CODEBOOK: TypeAdapter[Any] = TypeAdapter(Codebook)
+STUDENT_FIELDS = ("layers", "heads", "transformer_type", "bias")
+NAMES = {
+    "learning_rate": "lr",
+    "centroid_warmup_epochs": "centroid_warmup",
+    "validation_fraction": "test_split",
+    "student_options": "student_option",
+}
+"""Options that are called otherwise than what they set."""
 TRAINING_FIELDS = frozenset(Training.model_fields) - {"losses", "epochs_per_chunk"}
 
 
@@ -40,11 +48,12 @@ class Files:
     models: tuple[Path, ...]
     target_cache: Path | None
     checkpoint_path: Path | None
-    checkpoint_interval: int
+    checkpoint_interval: int | None
     bivector_cache: Path | None
     save_codebook: Path | None
     save_transformer: Path | None
     train_checkpoint: Path | None
+    pairs: Path | None
     report: Path | None
     resume: bool
 
@@ -127,6 +136,7 @@ def make_plan(**given: Any) -> Plan:
         )
     if files.resume and files.train_checkpoint is None and files.save_transformer is None:
         raise SpecInvalid("--resume: needs --train-checkpoint or --save-transformer to go on from")
+    _refuse_idle(given, files)
     codebook = _CODEBOOK.validate_python(_codebook(given))
     told = {name: given[name] for name in TRAINING_FIELDS & given.keys()}
     return Plan(
@@ -142,6 +152,36 @@ def make_plan(**given: Any) -> Plan:
     )
 
 
+def _refuse_idle(given: Mapping[str, Any], files: Files) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        SpecInvalid: which, and beside what they are allowed.
+    """
+    if not given["train"]:
+        idle = ["target_cache", "checkpoint_path", "save_transformer", "train_checkpoint", "pairs"]
+        told = {name: getattr(files, name) for name in [*idle, "report", "checkpoint_interval"]}
+        told |= {name: given[name] for name in TRAINING_FIELDS & given.keys()}
+        told |= {name: given[name] for name in (*STUDENT_FIELDS, "student", "student_options")}
+        _refuse(_said(told), "need --train")
+    if files.target_cache is None:
+        idle = ["checkpoint_path", "checkpoint_interval"]
+        _refuse(_said({name: getattr(files, name) for name in idle}), "need --target-cache")
+    if given["codebook"] != "pca":
+        _refuse(_said({"pca_method": given["pca_method"]}), "needs --build-pca")
+    planes = given["student"] in (None, "canonical") or given["teacher"] == "orthogonal"
+    if not planes and files.save_codebook is None:
+        _refuse(_said({"n_components": given["n_components"]}), "needs student 'canonical'")
+
+
+def _refuse(told: Mapping[str, Any], why: str) -> None:
+    given = [
+        f"--{NAMES.get(name, name).replace('_', '-')}" for name, value in told.items() if value
+    ]
+    if given:
+        raise SpecInvalid(f"{', '.join(given)}: {why}; without it nothing would come of it")
+
+
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what was not said: specs know their own defaults."""
     return {name: value for name, value in values.items() if value is not None}
@@ -149,8 +189,9 @@ def _said(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _codebook(given: Mapping[str, Any]) -> dict[str, Any]:
     method = given["codebook"] or "canonical"
-    solver = {"solver": given["pca_method"]} if method == "pca" else {}
-    return {"method": method, "n_components": given["n_components"], **solver}
+    solver = {"solver": given["pca_method"]} if given["pca_method"] is not None else {}
+    planes = PLANES if given["n_components"] is None else given["n_components"]
+    return {"method": method, "n_components": planes, **solver}
 
 
 def _teacher(given: Mapping[str, Any], codebook: Any) -> Any:
@@ -163,12 +204,12 @@ def _teacher(given: Mapping[str, Any], codebook: Any) -> Any:
 
 
 def _student(given: Mapping[str, Any], codebook: Any) -> Any:
-    name = given["student"]
-    told = _said({key: given[key] for key in ("layers", "heads", "transformer_type", "bias")})
+    name = given["student"] or "canonical"
+    told = _said({key: given[key] for key in STUDENT_FIELDS})
     told |= _pairs(given["student_options"])
     if name == "canonical":
         told.setdefault("codebook", codebook.model_dump(mode="json"))
-    elif given["codebook"] is not None:
+    elif given["codebook"] is not None and given["teacher"] != "orthogonal":
         raise SpecInvalid(
             f"--student {name} has no codebook; --build-{given['codebook']} is for 'canonical'"
         )

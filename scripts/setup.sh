@@ -26,7 +26,8 @@ fi
 
 links=$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)
 if .venv/bin/python -m pip install -q --disable-pip-version-check uv 2>/dev/null; then
-    UV_FIND_LINKS="$links" .venv/bin/uv pip install --python .venv/bin/python -e '.[dev]' -c constraints.txt
+    # Compiled now, once: else every process whose Python writes no bytecode compiles torch again.
+    UV_FIND_LINKS="$links" .venv/bin/uv pip install --compile-bytecode --python .venv/bin/python -e '.[dev]' -c constraints.txt
 else
     .venv/bin/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
 fi

@@ -14,6 +14,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
+from client.errors import StillroomError as ClientError
 from core.errors import StillroomError
 from scripts.codebook_plan import TEACHERS, Plan, make_plan
 
@@ -54,10 +55,9 @@ MODEL_OPTIONS = options(
     click.option(
         "--pca-method",
         type=click.Choice(["full", "randomized", "incremental"]),
-        default="full",
-        show_default=True,
+        help="How --build-pca finds its components. [default: full]",
     ),
-    click.option("--n-components", type=click.IntRange(1), default=64, show_default=True),
+    click.option("--n-components", type=click.IntRange(1), help="Planes. [default: 64]"),
     click.option("--save-codebook", type=FILE, help="Write the planes to this .npz."),
 )
 TEACHER_OPTIONS = options(
@@ -84,9 +84,7 @@ TEACHER_OPTIONS = options(
     click.option(
         "--checkpoint-interval",
         type=click.IntRange(1),
-        default=1000,
-        show_default=True,
-        help="Targets between checkpoints while they are computed.",
+        help="Targets between checkpoints while they are computed. [default: 1000]",
     ),
     click.option(
         "--checkpoint-path", type=FILE, help="Their file; default: beside --target-cache."
@@ -94,7 +92,7 @@ TEACHER_OPTIONS = options(
     click.option("--device", help="cpu, cuda or cuda:N. Default: cpu, or any of a service's."),
 )
 STUDENT_OPTIONS = options(
-    click.option("--student", default="canonical", show_default=True, help="Any of the service's."),
+    click.option("--student", help="Any of the service's. [default: canonical]"),
     click.option("--layers", type=click.IntRange(1), help="Of a student that has layers."),
     click.option("--heads", type=click.IntRange(1), help="Of a student that has heads."),
     click.option(
@@ -110,6 +108,11 @@ STUDENT_OPTIONS = options(
     ),
     click.option(
         "--save-transformer", type=FILE, help="The .pt; .safetensors and .onnx beside it."
+    ),
+    click.option(
+        "--pairs",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Judge on these pairs' queries that the model was not trained on.",
     ),
     click.option("--report", type=FOLDER, help="Write report.json, report.md and pictures here."),
 )
@@ -148,7 +151,7 @@ SERVICE_OPTIONS = options(
 
 
 @click.command(context_settings={"max_content_width": 100}, epilog="Exit codes: 0 done, 1 failed "
-               "(with the reason), 2 wrong options, 130 interrupted.")  # fmt: skip
+               "or interrupted (with the reason), 2 wrong options.")  # fmt: skip
 @MODEL_OPTIONS
 @TEACHER_OPTIONS
 @STUDENT_OPTIONS
@@ -164,6 +167,8 @@ def main(**given: Any) -> None:
         raise click.UsageError(_first(error)) from error
     except StillroomError as error:
         raise click.ClickException(error.message) from error
+    except (ClientError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _run(plan: Plan, api_url: str | None, api_key: str | None) -> None:

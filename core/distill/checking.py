@@ -1,7 +1,8 @@
 """Holds bivectors and targets that came from outside against the model and the teacher.
 
-Which rows are looked at is drawn from the hash of what is checked: nobody can make a file that is
-right only where it will be looked at.
+Which rows are looked at is drawn from the hash of what is checked and the job's seed: a file cannot
+be made right at rows known beforehand. Whoever tries files until one passes deceives their own job
+alone, for what was only sampled is shared with nobody.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from core.tensors.shards import Array
 
 ALLOWED_RESIDUAL = 1e-4
 """Of exp(L) - W, |.|_F / sqrt(d), in a file: what logarithms in float32 stay far below."""
+MOST_ALLOWED = 1e-2
+"""A difference, per unit of length, that would hide another teacher's answers."""
 SLACK = 16
 """Units in the last place that two computations of one target may differ by, beside tolerance."""
 
@@ -84,15 +87,29 @@ def sample_rows(given: Array, count: int, *, seed: int) -> Array:
     return rows
 
 
-def allowed_difference(*, tolerance: float, temperature: float, dtype: str) -> float:
+def allowed_difference(*, tolerance: float, temperature: float, reach: float, dtype: str) -> float:
     """Return how far apart two computations of a target may be, per unit of its length.
 
     The teacher's tolerance, and SLACK units in the last place, which the softmax of the routing
-    magnifies by up to pi / temperature: a weight moves by (rounding of an inner product) /
-    temperature, and a blend by that times the largest angle.
+    magnifies by up to pi reach / temperature: an inner product is rounded by its factors' lengths,
+    a weight moves by that over the temperature, and a blend by that times the largest angle.
+
+    Args:
+        tolerance: of the teacher.
+        temperature: of its routing.
+        reach: largest |q| |k| of a query and a training query.
+        dtype: of the teacher.
+
+    Returns:
+        Above MOST_ALLOWED comparing some rows says nothing: compute them all.
     """
     rounding = SLACK * float(np.finfo(dtype).eps)
-    return tolerance + rounding * (1 + math.pi / temperature)
+    return tolerance + rounding * (1 + math.pi * reach / temperature)
+
+
+def longest(rows: Array) -> float:
+    """Return the largest length of [n, d] rows."""
+    return float(np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64).max()))
 
 
 def check_targets(given: Array, computed: Array, rows: Array, *, allowed: float) -> float:

@@ -14,6 +14,8 @@ from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
 from core.tensors.shards import Array
 
+VERSION = 1
+"""Of the routing, in every teacher's fingerprint: raise it when the same inputs route otherwise."""
 BLOCK_ENTRIES = 16 * 2**20
 """Entries of the similarity matrix in memory at a time (64 MiB in float32)."""
 BLOCK_ROWS = 1024

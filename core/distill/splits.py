@@ -42,7 +42,7 @@ def split_clusters(
     """Hold out whole clusters: what is judged is of a sort that was never fitted on.
 
     Clusters are drawn in random order and taken as long as they fit into ``test_fraction`` of the
-    distinct queries (the first one drawn always). Equal queries go where their first row goes.
+    distinct queries; where none does, the smallest is. Equal queries go where their first row goes.
 
     Args:
         queries: [n, d] floating.
@@ -71,9 +71,11 @@ def split_clusters(
     room = round(test_fraction * distinct)
     taken: list[int] = []
     for number in order:
-        if not taken or sizes[number] <= room:
+        if sizes[number] <= room:
             taken.append(number)
             room -= sizes[number]
+    if not taken:
+        taken.append(int(order[sizes[order].argmin()]))
     if len(taken) == len(order):
         taken.pop()
     held = np.isin(home, taken)[which]

@@ -57,6 +57,8 @@ class TrainState:
     """Of the epoch that has begun: float64 scalars, the sums of the loss and of its terms."""
     history: list[dict[str, float]] = field(default_factory=list)
     """One row per epoch: epoch, loss, every term, learning_rate, validation_cosine."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """JSON values: what it is trained on, for whoever goes on from a file alone."""
 
     @classmethod
     def start(
@@ -161,6 +163,7 @@ _FACTS = (
     "step",
     "stopped",
     "history",
+    "origin",
 )
 
 

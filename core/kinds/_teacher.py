@@ -30,6 +30,13 @@ def teacher_bytes(model: Mapping[str, Any]) -> int:
     return 2 * float_bytes(clusters, dim, dim) + 2 * float_bytes(rows, dim)
 
 
+def stored_bytes(spec: Teacher, pairs: Mapping[str, Any] | None) -> int:
+    """Return what a teacher that looks its answers up takes for pairs: they, sums and means."""
+    if spec.answers_new or pairs is None:
+        return 0
+    return 6 * float_bytes(pairs["rows"], pairs["dim"])
+
+
 _kept: dict[tuple[str, str, str, str | None], TeacherModel] = {}
 """The last teacher this process built: chunks of a job come one after another. Keyed by content."""
 
@@ -50,11 +57,12 @@ def bivector_block(
     if found is not None:
         return found
     path = chunk.workdir / f"bivectors-{start}-{stop}.safetensors"
-    manifest = {"format": "bivectors", "version": 1, "start": start, "stop": stop}
+    # Nothing of where the clusters stand: equal rotations of another model find this very file.
+    manifest = {"format": "bivectors", "version": 1}
     made = compute(model, spec, start, stop)
     tensors = {"bivectors": made.values.numpy(), "norms": made.norms.numpy()}
     shards.save(path, tensors, manifest)
-    meta = {"start": start, "stop": stop, "dim": model.rotations.shape[1]}
+    meta = {"clusters": stop - start, "dim": model.rotations.shape[1]}
     return Produced(path, "bivectors", path.name, meta=meta, cache_key=key)
 
 
@@ -68,11 +76,12 @@ def load_teacher(
     name = (sha256, spec.model_dump_json(), chunk.device, pairs if not spec.answers_new else None)
     if name not in _kept:
         _kept.clear()
-        _kept[name] = _build(chunk, chunk.fetch(sha256), spec)
+        teacher = _build(chunk, chunk.fetch(sha256), spec)
         if name[3] is not None:
             from core.tensors.formats import load_pairs
 
-            _kept[name] = _kept[name].knowing(load_pairs(chunk.fetch(name[3])))
+            teacher = teacher.knowing(load_pairs(chunk.fetch(name[3])))
+        _kept[name] = teacher
     return _kept[name]
 
 

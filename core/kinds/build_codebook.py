@@ -44,6 +44,11 @@ class Spec(JobSpec):
                 f"with_codebook beside codebook.method '{self.codebook.method}': leave it null, "
                 "or take method 'combined'"
             )
+        if self.compat is not None and self.codebook.method == "canonical":
+            raise ValueError(
+                "compat 'legacy' beside codebook.method 'canonical': made from nothing, whatever "
+                "the logarithms; leave it null"
+            )
         return self
 
 

@@ -1,9 +1,10 @@
 """Compute a teacher's targets once, in blocks that any later job finds under their content.
 
 Memory does not grow with the number of queries: a chunk reads and writes its own block alone. Above
-the teacher (model and bivectors) it stays below 1.5 GiB: four blocks of BLOCK_ENTRIES and what the
-teacher says of itself. Measured, peak RSS, 256 dimensions, float32: 0.19 GiB for 100,000 queries,
-0.22 GiB for 1,000,000 (20,000 of them equal to 20,000 equal training queries).
+the teacher (model and bivectors; of ``paired`` all its pairs) it stays below 1.5 GiB: four blocks
+of BLOCK_ENTRIES and what the teacher says of itself. Measured, peak RSS, 256 dimensions, float32:
+0.19 GiB for 100,000 queries, 0.22 GiB for 1,000,000 (20,000 of them equal to 20,000 equal training
+queries).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from core.kinds._teacher import (
     ROWS_PER_BLOCK,
     bivector_block,
     load_teacher,
+    stored_bytes,
     target_block,
     teacher_bytes,
 )
@@ -65,6 +67,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
         )
     spec.teacher.check_width(model["dim"])
     teacher = teacher_bytes(model)
+    teacher += stored_bytes(spec.teacher, asked if "pairs" in inputs else None)
     logs = len(blocks(model["clusters"], CLUSTERS_PER_BLOCK)) if spec.teacher.needs_logs else 0
     block = float_bytes(min(BLOCK_ENTRIES, asked["rows"] * asked["dim"]))
     return [

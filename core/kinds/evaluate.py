@@ -26,6 +26,12 @@ TIMED_SECONDS = 0.2
 """For each way of mapping, after a warm-up."""
 
 
+TRUTH = (
+    "The teacher 'paired' is the true targets themselves: its row says what could be had, not what "
+    "a teacher finds."
+)
+
+
 class Spec(JobSpec):
     """Which student, against which teacher, on which pairs."""
 
@@ -178,7 +184,12 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
         rows,
         seed=spec.seed,
         dropped=dropped,
-        remarks=[*how_split(model.manifest), *edges(model.manifest), *trained["words"]],
+        remarks=[
+            *how_split(model.manifest),
+            *edges(model.manifest),
+            *([] if _teacher(spec, chunk).answers_new else [TRUTH]),
+            *trained["words"],
+        ],
     )
     chunk.progress(1, 3)
     files = write_report(

@@ -189,9 +189,12 @@ def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
     allowed = checking.allowed_difference(
         tolerance=spec.teacher.exactness(),
         temperature=teacher.temperature,
+        reach=checking.longest(queries) * checking.longest(teacher.model.queries),
         dtype=spec.teacher.dtype,
     )
-    rows = checking.sample_rows(given, spec.verify, seed=spec.seed)
+    vague = allowed > checking.MOST_ALLOWED
+    count = len(given) if vague else spec.verify
+    rows = checking.sample_rows(given, count, seed=spec.seed)
     metrics: list[Metric] = []
     if len(rows) == len(given):
         made, metrics = target_block(chunk, teacher, queries)
@@ -199,6 +202,7 @@ def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
     else:
         made = _own_block(chunk, given.astype(spec.teacher.dtype, copy=False))
         computed = _recomputed(teacher, queries[rows])
+    allowed = min(allowed, checking.MOST_ALLOWED)
     worst = checking.check_targets(given[rows], computed, start + rows, allowed=allowed)
     metrics = [*metrics, Metric("target_difference", chunk.index, worst)]
     return ChunkResult(checkpoints={"targets": made}, metrics=metrics)

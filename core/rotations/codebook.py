@@ -210,14 +210,20 @@ def combine_clusters(
         other: of the same width.
 
     Raises:
-        DataInvalid: no cluster turns.
+        DataInvalid: no cluster turns, or the other codebook explains nothing.
     """
     if not float(turning.sum()) > 0:
         raise nothing_turns()
     shares = (turning / turning.sum()).tolist()
     sources = [(codebook, share) for codebook, share in zip(own, shares, strict=True) if codebook]
     if other is not None:
-        sources.append((other, 1.0))
+        explained = float(other.explained.sum())
+        if not explained > 0:
+            raise DataInvalid(
+                "with_codebook: it says of no plane that it explains anything, as canonical ones "
+                "do not; give one that was made from a model"
+            )
+        sources.append((other, 1.0 / explained))
     made = combine(
         [codebook for codebook, _ in sources],
         spec.n_components,

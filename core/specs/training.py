@@ -58,7 +58,9 @@ class Training(Closed):
         le=100_000,
         description=f"Epochs, of scheduler 'plateau' alone; null: {PLATEAU_PATIENCE}.",
     )
-    warmup_steps: int = Field(50, ge=0, le=1_000_000)
+    warmup_steps: int = Field(
+        50, ge=0, le=1_000_000, description="Of rising learning rate; at most half of all steps."
+    )
     ema_decay: float = Field(0.99, ge=0, lt=1, description="0 turns averaging off.")
     validation_fraction: float = Field(0.1, gt=0, lt=0.9)
     patience: int | None = Field(
@@ -91,8 +93,7 @@ class Training(Closed):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Of the student's products while it trains (autocast); parameters, optimizer, "
-        "losses and validation stay float32. bfloat16 pays on devices that have it in hardware: "
-        "a CPU without it takes several times as long.",
+        "losses and validation stay float32. Meant for devices that have bfloat16 in hardware.",
     )
     epochs_per_chunk: int = Field(1, ge=1, le=100_000, description="A checkpoint after each chunk.")
     checkpoint_interval: int | None = Field(
@@ -120,6 +121,18 @@ class Training(Closed):
                 f"checkpoint_interval {self.checkpoint_interval} and epochs_per_chunk "
                 f"{self.epochs_per_chunk} both say when a chunk ends: give one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_rows(self) -> Training:
+        """Refuse a share so small that no batch would hold a row of it."""
+        for name in ("augment", "centroid_replay"):
+            share = getattr(self, name)
+            if share and round(share * self.batch_size) == 0:
+                raise ValueError(
+                    f"{name} {share} of batch_size {self.batch_size} is no whole row; allowed: 0, "
+                    f"or at least {0.5 / self.batch_size:.2g} (one row)"
+                )
         return self
 
     @model_validator(mode="after")

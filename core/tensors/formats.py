@@ -194,6 +194,7 @@ def check_federated(model: Federated) -> None:
     written = {"format": "federated_model", "version": 1, **model.meta()}
     clusters, rows = len(model.rotations), len(model.queries)
     check_manifest(model.manifest, written, clusters=clusters, rows=rows)
+    _check_sources(model)
 
 
 def _check_shapes(model: Federated) -> None:
@@ -228,6 +229,20 @@ def _check_rows(model: Federated) -> None:
             f"train_rows and held_out_rows: needed each row from 0 to {len(rows) - 1} once, in one "
             "of the two"
         )
+
+
+def _check_sources(model: Federated) -> None:
+    """Raise DataInvalid unless the rows of each source belong to its own clusters."""
+    row = cluster = 0
+    for source in model.manifest.get("sources", ()):
+        rows, clusters = row + source["rows"], cluster + source["clusters"]
+        own = model.cluster_of[row:rows]
+        if own.min() < cluster or own.max() >= clusters:
+            raise DataInvalid(
+                f"manifest: sources: rows {row} to {rows - 1} must belong to clusters {cluster} to "
+                f"{clusters - 1} of their source"
+            )
+        row, cluster = rows, clusters
 
 
 def check_clusters(cluster_of: Array, clusters: int) -> None:

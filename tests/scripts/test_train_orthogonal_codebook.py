@@ -53,7 +53,9 @@ THIRD = """
     --epochs 50
 """
 """As document 000 prints them (the first runs 64 components of the 128 there are)."""
-QUICK = "--train --federated-model models/pearltrees_federated_nomic.pkl --epochs 4"
+NAME = "models/pearltrees_federated_nomic"
+MODEL = f"--federated-model {NAME}.pkl"
+QUICK = f"--train {MODEL} --epochs 4"
 
 
 def write_model(folder: Path, *, seed: int = 0) -> None:
@@ -161,7 +163,7 @@ def test_a_student_of_any_sort_and_a_report(folder: Path) -> None:
     )
     said = succeeded(folder, options)
     assert load_student(folder / "out" / "student.pt").config["name"] == "rotor_product"
-    assert "18 queries the student never saw" in said
+    assert "18 queries not trained on" in said
     names = {path.name for path in (folder / "out" / "report").iterdir()}
     assert {"report.json", "report.md", "hits.png", "cosines.png", "loss_curve.png"} <= names
 
@@ -224,6 +226,11 @@ def test_a_killed_training_goes_on_to_the_same_student(folder: Path) -> None:
         (f"{QUICK} --resume --save-transformer a.pt", 1, "there is no a.checkpoint.safetensors"),
         (f"{QUICK} --device tpu", 1, "allowed: cpu, cuda"),
         (f"{QUICK} --device cuda:99", 1, "no such device"),
+        (f"{QUICK} --student rotor_product --n-components 9", 1, "--n-components: needs student"),
+        (f"{QUICK} --checkpoint-path a.npz", 1, "--checkpoint-path: need --target-cache"),
+        (f"{QUICK} --pca-method randomized", 1, "--pca-method: needs --build-pca"),
+        (f"{MODEL} --build-pca --save-codebook a.npz --lr 0.1", 1, "--lr: need --train"),
+        (f"{QUICK} --save-transformer {NAME}.pkl/a.pt", 1, f"{NAME}.pkl"),
         (f"{QUICK} --scheduler cosine --plateau-factor 0.5", 2, "plateau_factor 0.5"),
         (f"{QUICK} --api http://127.0.0.1:9 --teacher auto", 1, "about this machine alone"),
     ],
@@ -237,6 +244,32 @@ def test_what_cannot_work_is_said_in_words(
     assert told in ended.stderr
     left = {path.name for path in folder.rglob("*")} - set(before)
     assert left <= {"pearltrees_federated_nomic.bivectors.npz"}, "nothing half-written stays"
+
+
+def test_pairs_of_your_own_are_judged_on_and_else_a_warning_stands_there(folder: Path) -> None:
+    rng = np.random.default_rng(3)
+    queries = rng.normal(size=(20, WIDTH)).astype(np.float32)
+    np.savez(folder / "pairs.npz", query_embeddings=queries, target_embeddings=queries[::-1])
+
+    said = succeeded(folder, f"{QUICK} --pairs pairs.npz")
+
+    assert "20 queries not trained on" in said
+    for row in ("top-1 W", "nlerp", "does not beat the raw queries"):
+        assert row in said
+    alone = succeeded(folder, QUICK)
+    assert "Warning: these pairs are among those that the model's rotations were fitted to" in alone
+    assert "beats" not in alone
+
+
+def test_a_checkpoint_of_another_seed_or_teacher_is_not_gone_on_from(folder: Path) -> None:
+    options = f"{QUICK} --save-transformer a.pt"
+    succeeded(folder, options)
+    before = (folder / "a.checkpoint.safetensors").read_bytes()
+    for other, word in (("--seed 1", "another seed"), ("--top-k 2", "another teacher")):
+        ended = run(folder, f"{options} {other} --resume")
+        assert ended.returncode == 1
+        assert word in ended.stderr
+    assert (folder / "a.checkpoint.safetensors").read_bytes() == before
 
 
 def test_a_cache_of_another_model_is_refused_and_left_alone(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from core.distill.graph import Graph
 from core.distill.teachers._base import TeacherModel
-from core.errors import DataInvalid
+from core.errors import DataInvalid, SpecInvalid
 from core.registry import scan
 from core.specs.base import Closed
 
@@ -109,7 +109,10 @@ def restore_student(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> S
     name = str(config.get("name"))
     if name not in students():
         raise DataInvalid(f"config.name {name!r}; allowed: {', '.join(students())}")
-    module = students()[name].restore(config)
+    try:
+        module = students()[name].restore(config)
+    except (KeyError, TypeError, ValueError, SpecInvalid) as error:
+        raise DataInvalid(f"the student's config is incomplete or wrong: {error!r}") from error
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:

@@ -178,17 +178,23 @@ class ProjectedRouter(KeyRouter):
         """Route as ever, but past the query itself and its duplicates.
 
         Not by the teacher's weights: what is trained behind this router should see its errors. A
-        query all of whose nearest keys are itself keeps them.
+        query all of whose nearest keys are itself keeps them. In float32 whatever the rest of the
+        training narrows to: a rounded query would not be recognised as itself.
         """
         del weights
-        asked = self.project(queries)
+        with torch.autocast(queries.device.type, enabled=False):
+            asked = self.project(queries.float())
+            return self._apart_from_itself(asked).exp(), None
+
+    def _apart_from_itself(self, asked: Tensor) -> Tensor:
+        """[B, r] projected queries -> [B, C] log weights over the keys that are not they."""
         count = min(self.top_k + SPARE, len(self.keys))
         rows, similarity = nearest(asked, self.keys, top_k=count)
         apart = (asked[:, None] - self.keys[rows]).square().sum(-1)  # [B, count]
         same = apart <= SAME * asked.square().sum(-1, keepdim=True)
         same &= ~same.all(1, keepdim=True)
         similarity, kept = similarity.masked_fill(same, -torch.inf).topk(self.top_k, dim=1)
-        return self._merged(rows.gather(1, kept), similarity).exp(), None
+        return self._merged(rows.gather(1, kept), similarity)
 
 
 class LearntRouter(nn.Module):

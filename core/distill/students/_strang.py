@@ -30,7 +30,8 @@ def strang_product(x: Tensor, weights: Tensor, bases: Tensor, angles: Tensor) ->
     Returns:
         [B, d].
     """
-    if torch.is_grad_enabled():
+    asked = any(tensor.requires_grad for tensor in (x, weights, bases, angles))
+    if torch.is_grad_enabled() and asked:
         # Under autocast too in the planes' own dtype: rounding would add up over 2 C factors.
         with torch.autocast(x.device.type, enabled=False):
             x, weights = x.to(bases.dtype), weights.to(bases.dtype)

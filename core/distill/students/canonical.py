@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, keep_length
+from core.distill.students._base import (
+    Routed,
+    Student,
+    StudentModule,
+    keep_length,
+    plane_parameters,
+)
 from core.distill.students._turns import TurnGraph, turn, turn_angles
 from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
@@ -115,6 +121,15 @@ class CanonicalStudent(StudentModule):
     """
 
     takes_weights = has_router = False
+
+    def free_parameters(self) -> int:
+        """Count the planes too where they are the teacher's, not the axes."""
+        own = super().free_parameters()
+        if self.anchor is None:
+            return own
+        m, _, dim = self.planes.shape
+        disjoint = self.config["disjoint"]
+        return own + (plane_parameters(dim, m) if disjoint else 2 * m * (dim - 2))
 
     def __init__(
         self, spec: Canonical, *, dim: int, method: str = "canonical", disjoint: bool = True

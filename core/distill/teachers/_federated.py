@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from core.distill.routing import VERSION as ROUTING
 from core.distill.routing import EqualRows, route
 from core.distill.teachers._base import Answers, Bivectors
 from core.distill.teachers._keys import digest
+from core.distill.teachers._logs import VERSION as LOGS
 from core.distill.teachers._logs import bivector_block, blend_anchor
 from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
@@ -153,10 +155,18 @@ def fingerprint(teacher: type[FederatedTeacher], model: Federated, spec: Any) ->
         "version": teacher.VERSION,
         "top_k": top_k,
         "temperature": temperature,
-        "sources": model.manifest.get("sources") if spec.routes_over == "sources" else None,
+        "routing": ROUTING,
+        "logs": LOGS if spec.needs_logs else None,
+        "sources": _sources(model) if spec.routes_over == "sources" else None,
     }
     arrays = [getattr(model, name) for name in teacher.DEPENDS_ON]
     return digest(facts, blend_anchor(model, spec), *arrays)
+
+
+def _sources(model: Federated) -> list[dict[str, Any]]:
+    """What of the sources decides an answer; what they are called does not."""
+    found = model.manifest.get("sources", ())
+    return [{name: told[name] for name in told if name != "model"} for told in found]
 
 
 def routing(model: Federated, spec: Any) -> tuple[int, float]:

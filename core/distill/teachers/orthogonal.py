@@ -29,9 +29,17 @@ class OrthogonalTeacher(FederatedTeacher):
         given = self._tensor(queries)
         angles = mixture.dense().to(self.dtype) @ self._angles
         turned = given @ self.anchor
-        rotate = codebooks.rotate if self.codebook.disjoint else codebooks.rotate_by_blend
         with torch.no_grad():
-            answers = rotate(turned, self._planes, angles)
+            if self.codebook.disjoint:
+                answers = codebooks.rotate(turned, self._planes, angles)
+            else:
+                answers = codebooks.rotate_by_blend(
+                    turned,
+                    self._planes,
+                    angles,
+                    radius=self._radius,
+                    tolerance=self.spec.exactness(),
+                )
         if self._log_scales is not None:
             answers = answers * mixture.sums(self._log_scales).exp().to(self.dtype)[:, None]
         return answers
@@ -45,6 +53,11 @@ class OrthogonalTeacher(FederatedTeacher):
     @cached_property
     def _planes(self) -> Tensor:
         return self._tensor(self.codebook.planes)
+
+    @cached_property
+    def _radius(self) -> float:
+        """A bound for every convex blend, so that no answer depends on the others of its batch."""
+        return float(self._angles.abs().sum(dim=1).max()) * (1 + 1e-6)
 
     @cached_property
     def _angles(self) -> Tensor:

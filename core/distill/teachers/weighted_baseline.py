@@ -63,6 +63,19 @@ class WeightedBaselineTeacher(FederatedTeacher):
         return self._cluster_of.bincount(minlength=len(self._rotations)).double()
 
     @cached_property
+    def _sums(self) -> Tensor:
+        """[C, d] float64: sum of each cluster's training queries."""
+        zero = torch.zeros(self._centroids.shape, dtype=torch.float64, device=self.device)
+        return zero.index_add(0, self._cluster_of, self._keys.double())
+
+    @cached_property
+    def _stretch(self) -> Tensor:
+        """[C] float64: length of the stored centroid over that of the queries' mean."""
+        means = (self._sums / self._sizes[:, None]).norm(dim=1)
+        stored = self._centroids.double().norm(dim=1)
+        return torch.where(means > 0, stored / means.clamp(min=1e-300), torch.ones_like(means))
+
+    @cached_property
     def _among(self) -> tuple[Tensor, Tensor]:
         """Training rows by what they are equal to, and where each group ends: [n], [n + 1]."""
         order = self._equal_to.argsort(stable=True)
@@ -72,8 +85,9 @@ class WeightedBaselineTeacher(FederatedTeacher):
     def _without(self, queries: Tensor, similarity: Tensor, exclude_rows: Tensor) -> Tensor:
         """Compare [Q, d] queries with centroids that lack what each of them excludes: [Q, C].
 
-        q . mean without some = (n q . mean - sum of q . each) / (n - how many); a cluster that
-        loses all its rows is out of reach.
+        q . mean without some = (sum of q . all - sum of q . each) / (n - how many), of the model's
+        own queries; a stored centroid of another length than their mean (an imported one may be
+        normalised) keeps that length. A cluster that loses all its rows is out of reach.
         """
         asked, rows = self._excluded(exclude_rows.reshape(len(queries), -1))
         at = asked * similarity.shape[1] + self._cluster_of[rows]
@@ -83,7 +97,8 @@ class WeightedBaselineTeacher(FederatedTeacher):
         lost = lost.index_add(0, at, products).view_as(similarity)
         gone = gone.index_add(0, at, torch.ones_like(products)).view_as(similarity)
         left = self._sizes - gone
-        changed = (self._sizes * similarity - lost) / left.clamp(min=1)
+        whole = queries.double() @ self._sums.T
+        changed = self._stretch * (whole - lost) / left.clamp(min=1)
         changed = torch.where(gone > 0, changed, similarity)
         return changed.masked_fill(left <= 0, -torch.inf)
 

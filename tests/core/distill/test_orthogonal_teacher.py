@@ -64,3 +64,11 @@ def test_a_width_with_too_few_planes_is_refused_by_name() -> None:
     ) as caught:
         Orthogonal().check_width(DIM)
     assert caught.value.pointer == "/teacher/codebook/n_components"
+
+
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_an_answer_does_not_depend_on_the_others_of_its_batch(disjoint: bool) -> None:  # noqa: FBT001
+    found = teacher(PrincipalPlanes(n_components=5, disjoint=disjoint))
+    queries = some_queries(40).double()
+    alone = torch.cat([found.targets(query[None]) for query in queries[:5]])
+    torch.testing.assert_close(found.targets(queries)[:5], alone, rtol=0, atol=1e-13)

@@ -104,3 +104,16 @@ def test_every_blending_student_takes_every_router() -> None:
 def test_an_unknown_router_is_refused() -> None:
     with pytest.raises(SpecInvalid, match="'oracle'; allowed: exact, projected, learnt"):
         restore_router({"kind": "oracle"})
+
+
+def test_a_training_query_does_not_find_itself_whatever_training_narrows_to() -> None:
+    router = ProjectedRouter.of(make_teacher(), rank=DIM)
+    queries = torch.from_numpy(make_model().queries)
+    none = torch.zeros(len(queries), 0)
+    wanted, _ = router.training_weights(queries, none)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrowed, _ = router.training_weights(queries, none)
+
+    torch.testing.assert_close(narrowed, wanted, rtol=0, atol=1e-6)
+    assert (wanted - router.log_weights(queries).exp()).abs().max() > 0.05

@@ -22,6 +22,7 @@ from core.distill.sweep_report import markdown, write_sweep
 from core.rotations.logarithm import rotation_log
 from core.rotations.planes import plane_factors, rotate_in_planes
 from core.rotations.procrustes import procrustes
+from core.specs.codebooks import CanonicalPlanes, PrincipalPlanes
 from core.tensors.shards import Array
 from tests.core.distill._make import make_data, make_student, make_training
 
@@ -295,6 +296,20 @@ def test_planes_count_whoever_keeps_them_and_a_basis_does_not() -> None:
     assert wide.free_parameters() - small.free_parameters() == (
         6 * (D - 6) + 4 * 15 - 4 * (D - 4) - 4 * 6
     )
+
+
+def test_planes_of_a_codebook_count_where_they_are_the_teachers() -> None:
+    def counted(codebook: CanonicalPlanes | PrincipalPlanes) -> int:
+        changes = {"codebook": codebook, "n_components": None, "heads": 1}
+        return make_student("canonical", **changes).free_parameters()
+
+    axes, disjoint, free = (
+        counted(CanonicalPlanes(n_components=3)),
+        counted(PrincipalPlanes(n_components=3)),
+        counted(PrincipalPlanes(n_components=3, disjoint=False)),
+    )
+    assert disjoint - axes == 3 * (2 * D - 7)
+    assert free - axes == 3 * 2 * (D - 2)
 
 
 def test_the_report_says_which_and_why_and_has_the_same_bytes_again(tmp_path: Path) -> None:

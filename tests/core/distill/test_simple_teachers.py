@@ -118,6 +118,22 @@ def test_an_excluded_query_leaves_its_centroid_with_all_its_duplicates() -> None
     torch.testing.assert_close(weights, same, rtol=0, atol=1e-7)
 
 
+def test_a_stored_centroid_keeps_its_length_when_a_query_is_left_out() -> None:
+    """An imported model may hold normalised centroids: leaving one out must not let it back in."""
+    model = make_model()
+    units = model.centroids / np.linalg.norm(model.centroids, axis=1, keepdims=True)
+    teacher = build("weighted_baseline", replace(model, centroids=units))
+    left = np.arange(1, len(model.queries))
+    means = centroids(model.queries[left], model.cluster_of[left], len(model.rotations))
+    whole = centroids(model.queries, model.cluster_of, len(model.rotations))
+    honest = means / np.linalg.norm(whole, axis=1, keepdims=True)
+    other = build("weighted_baseline", replace(model, centroids=honest))
+
+    weights = teacher.mixture(model.queries[:1], exclude_rows=torch.tensor([0])).dense()
+
+    torch.testing.assert_close(weights, other.mixture(model.queries[:1]).dense(), rtol=0, atol=1e-6)
+
+
 def test_a_cluster_that_loses_all_its_rows_weighs_nothing() -> None:
     model = make_model()
     alone = np.where(np.arange(len(model.queries)) == 3, 0, 1 + model.cluster_of % 3)
@@ -266,6 +282,21 @@ def test_combining_keeps_every_cluster_and_refuses_what_does_not_fit() -> None:
     wrong = replace(both, manifest={**both.manifest, "sources": both.manifest["sources"][:1]})
     with pytest.raises(DataInvalid, match="sources have 4 clusters in all; needed 6"):
         check_federated(wrong)
+    sizes = len(second.queries), len(first.queries)
+    sources = zip(both.manifest["sources"], sizes, strict=True)
+    swapped = [{**source, "rows": rows} for source, rows in sources]
+    wrong = replace(both, manifest={**both.manifest, "sources": swapped})
+    with pytest.raises(DataInvalid, match="must belong to clusters 4 to 5 of their source"):
+        check_federated(wrong)
+
+
+def test_what_sources_are_called_does_not_name_their_answers() -> None:
+    first, second, both = two_sources()
+    renamed = combine({"c" * 64: first, "d" * 64: second})
+    assert build("multi_source", renamed).fingerprint() == build("multi_source", both).fingerprint()
+    warmer = replace(second, manifest={**second.manifest, "temperature": 0.4})
+    other = combine({"a" * 64: first, "b" * 64: warmer})
+    assert build("multi_source", other).fingerprint() != build("multi_source", both).fingerprint()
 
 
 @pytest.mark.usefixtures("jax_there")

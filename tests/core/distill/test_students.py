@@ -135,6 +135,9 @@ def test_an_unknown_or_broken_student_is_refused() -> None:
         restore_student({"name": "sphinx"}, {})
     with pytest.raises(DataInvalid, match="does not fit its config"):
         restore_student(student.config, {})
+    for name in students():
+        with pytest.raises(DataInvalid, match="config"):
+            restore_student({"name": name}, {})
 
 
 def test_canonical_refuses_more_planes_than_there_are_and_odd_heads() -> None:

@@ -18,7 +18,7 @@ from core.distill.export import load_student
 from core.errors import SpecInvalid
 from core.jobs import control, lineage, service, status
 from core.jobs.runner import Runner
-from core.kinds import _teacher
+from core.kinds import _teacher, _training
 from core.kinds._base import kinds
 from core.tensors.formats import Pairs, save_pairs
 from tests.conftest import Clock, make_runner
@@ -225,12 +225,18 @@ def _run_every_chunk_twice(world: World) -> set[str]:
     store = Stolen(world)
     first = make_runner(world.engine, store, world.clock, world.folder, "slow")
     while first.run_one():
-        _teacher._kept.clear()  # as in a process of its own
+        _forget()
         if store.stolen:  # a chunk that found all it makes in the cache stores nothing, and is done
             world.runner.run_one()
-        _teacher._kept.clear()
+        _forget()
         store.stolen = False
     return store.made
+
+
+def _forget() -> None:
+    """Leave nothing in memory, as in a process of its own."""
+    _teacher._kept.clear()
+    _training._kept.clear()
 
 
 def test_the_same_work_is_found_again_across_jobs(world: World) -> None:
