@@ -279,7 +279,7 @@ def judge(found: Mapping[tuple[str, Split], Sequence[Cell]], asked: argparse.Nam
         Figure("rotor cosine, legacy", cosine, 0.98),
         Figure("best small and fast student's gap", gaps[best] if best else 0.0, 0.5),
         Figure("beyond the plain MLP", (gaps[best] if best else 0.0) - gaps[MLP], 0.0),
-        Figure("splits by query and by cluster", len(anchored), 5),
+        Figure("seeds", len(anchored), 5),
         Figure("norm drift of any student", drift, 1e-6, at_most=True),
     ]
     named = "none" if best is None else f"{best}: {sizes[best]:.1f} MB, {speeds[best]:.0f} q/s"
