@@ -33,8 +33,8 @@ from core.distill import fitting
 from core.distill.curriculum import training_data
 from core.distill.graph import Graph
 from core.distill.splits import Split
-from core.distill.students._base import Routed, StudentModule, keep_length
-from core.distill.students._sphere import step_along, unit
+from core.distill.students._base import Routed, StudentModule
+from core.distill.students._sphere import keep_length, step_along, unit
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
 from core.specs.clusterings import KMeans
@@ -106,9 +106,9 @@ class PlainMLP(StudentModule):
         hidden = functional.gelu(second(functional.gelu(first(queries * queries.shape[1] ** 0.5))))
         return keep_length(step_along(unit(queries @ self.anchor), last(hidden)), queries)
 
-    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
         """Map training queries; it has no router."""
-        del weights
+        del weights, exclude
         return Routed(self(queries))
 
     def emit(self, graph: Graph, queries: str) -> str:

@@ -22,7 +22,7 @@ from client.packing import packed
 from core.artifacts.sandbox import import_file
 from core.distill import evaluation as judged
 from core.distill.backends import compare_backends
-from core.distill.batches import dense_weights, real_rows
+from core.distill.batches import left_out_answers
 from core.distill.bivector_cache import cached_bivectors
 from core.distill.combining import combine
 from core.distill.curriculum import TrainingData, training_data
@@ -286,14 +286,11 @@ def judge(
 
 def _left_out(student: StudentModule, data: TrainingData, rows: torch.Tensor) -> Array:
     """Map training queries, none routed through itself: [Q, d] float32."""
-    device, wanted = data.train.device, student.takes_weights
-    student = student.to(device).eval()
-    parts = []
-    with torch.no_grad():
-        for part in rows.to(device).split(judged.BLOCK_ROWS):
-            some = real_rows(data, part, weights=wanted)
-            weights = dense_weights([some], weights=wanted)
-            parts.append(student.routed(some.queries, weights).vectors.cpu())
+    student = student.to(data.train.device).eval()
+    parts = [
+        left_out_answers(student, data, part).cpu()
+        for part in rows.to(data.train.device).split(judged.BLOCK_ROWS)
+    ]
     vectors: Array = torch.cat(parts).numpy()
     return vectors
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from core.distill.curriculum import MADE_ROWS, Examples, TrainingData
 from core.distill.schedules import BatchPlan
+from core.distill.students._base import StudentModule
 from core.specs.training import Training
 
 SEEDS = 2**62
@@ -94,6 +96,7 @@ def take(examples: Examples, rows: Tensor) -> Examples:
         teacher=examples.teacher[rows],
         mixture=None if examples.mixture is None else examples.mixture.rows(rows),
         candidates=examples.candidates[rows],
+        exclude=examples.exclude[rows],
     )
 
 
@@ -105,6 +108,24 @@ def dense_weights(batch: list[Examples], *, weights: bool) -> Tensor:
     return torch.cat([mixture.dense() for mixture in mixtures])
 
 
+def excluded_rows(batch: list[Examples]) -> Tensor:
+    """Return what the parts of a batch may not find: [B, e] int64, -1 for none."""
+    widest = max(part.exclude.shape[1] for part in batch)
+    parts = [
+        functional.pad(part.exclude, (0, widest - part.exclude.shape[1]), value=-1)
+        for part in batch
+    ]
+    return torch.cat(parts)
+
+
+def left_out_answers(student: StudentModule, data: TrainingData, rows: Tensor) -> Tensor:
+    """Map some rows of ``data.real``, none routed through itself: [R, d]."""
+    some = [real_rows(data, rows, weights=student.takes_weights)]
+    weights = dense_weights(some, weights=student.takes_weights)
+    with torch.no_grad():
+        return student.routed(some[0].queries, weights, excluded_rows(some)).vectors
+
+
 def real_rows(data: TrainingData, rows: Tensor, *, weights: bool) -> Examples:
     """Return some rows of ``data.real``, with the teacher's weights where they are wanted."""
     return Examples(
@@ -112,6 +133,7 @@ def real_rows(data: TrainingData, rows: Tensor, *, weights: bool) -> Examples:
         teacher=data.real.teacher[rows],
         mixture=data.mixture.rows(rows) if weights else None,
         candidates=data.real.candidates[rows],
+        exclude=data.real.exclude[rows],
     )
 
 

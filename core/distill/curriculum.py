@@ -39,6 +39,8 @@ class Examples:
     """The teacher's weights; None where nobody asked for them."""
     candidates: Tensor
     """[R, d] float32: true targets to retrieve among (a made query has its first parent's)."""
+    exclude: Tensor
+    """[R, e] int64: rows of the training queries that the teacher excluded; -1 for none."""
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -103,7 +105,7 @@ class TrainingData:
         own = torch.from_numpy(self.teacher.own_rows(queries.cpu().numpy())).to(device)
         mixture = self.teacher.mixture(queries, exclude_rows=own)
         vectors = self.teacher.targets(queries, exclude_rows=own).float()
-        return Examples(queries, vectors, concatenate([mixture]), candidates=vectors)
+        return Examples(queries, vectors, concatenate([mixture]), vectors, own[:, None])
 
     def made(
         self, count: int, generator: torch.Generator, on_block: Callable[[], None]
@@ -135,6 +137,7 @@ class TrainingData:
             teacher=torch.cat(vectors),
             mixture=concatenate(mixtures),
             candidates=self.real.candidates[first],
+            exclude=exclude,
         )
 
     def _parents(self, count: int, generator: torch.Generator) -> Tensor:
@@ -188,11 +191,13 @@ def training_data(
     held = min(max(1, round(training.validation_fraction * len(firsts))), len(firsts) - 2)
     hidden = torch.zeros(len(firsts), dtype=torch.bool)
     hidden[order[:held]] = True
+    same = same.to(device)
     real = Examples(
         queries=torch.from_numpy(model.queries).to(device),
         teacher=answers.to(device).float(),
         mixture=None,
         candidates=torch.from_numpy(model.targets).to(device),
+        exclude=same[:, None],
     )
     return TrainingData(
         teacher=teacher,
@@ -200,7 +205,7 @@ def training_data(
         train=(~hidden[which]).nonzero().flatten().to(device),
         validation=hidden[which].nonzero().flatten().to(device),
         shown=firsts[~hidden].to(device),
-        same=same.to(device),
+        same=same,
     )
 
 

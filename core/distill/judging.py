@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.distill import fitting
-from core.distill.batches import dense_weights, real_rows
+from core.distill.batches import left_out_answers
 from core.distill.curriculum import TrainingData
 from core.distill.students._base import StudentModule
 from core.distill.training import trainable
@@ -123,16 +123,14 @@ class Residuals:
 def _residuals(
     student: StudentModule, data: TrainingData, rows: Tensor, on_block: Callable[[], None]
 ) -> Residuals:
-    cluster_of, wanted = data.teacher.model.cluster_of, student.takes_weights
+    cluster_of = data.teacher.model.cluster_of
     groups = torch.from_numpy(cluster_of).to(rows.device)
     found: list[Residuals] = []
     for part in rows.split(BLOCK_ROWS):
         on_block()
-        with torch.no_grad():
-            some = real_rows(data, part, weights=wanted)
-            answers = student.routed(some.queries, dense_weights([some], weights=wanted)).vectors
+        answers = left_out_answers(student, data, part)
         block = Residuals.of(
-            answers, some.teacher, groups[part], clusters=int(cluster_of.max()) + 1
+            answers, data.real.teacher[part], groups[part], clusters=int(cluster_of.max()) + 1
         )
         found.append(found.pop() + block if found else block)
     return found[0]

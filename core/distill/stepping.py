@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.distill.batches import dense_weights
+from core.distill.batches import dense_weights, excluded_rows
 from core.distill.curriculum import Examples
 from core.distill.losses._base import Batch, losses, total_loss
 from core.distill.state import TrainState, trainable
@@ -59,7 +59,7 @@ class Stepper:
         queries = torch.cat([part.queries for part in batch])
         narrow = self.state.training.precision == "bfloat16"
         with torch.autocast(queries.device.type, torch.bfloat16, enabled=narrow):
-            routed = self.state.student.routed(queries, weights)
+            routed = self.state.student.routed(queries, weights, excluded_rows(batch))
         log_weights = routed.log_weights
         seen = Batch(
             student=routed.vectors.float(),

@@ -10,8 +10,8 @@ import torch
 from core.distill.batches import (
     batch_plan,
     centroid_batches,
-    dense_weights,
     epoch_batches,
+    left_out_answers,
     validation_batches,
 )
 from core.distill.curriculum import Examples, TrainingData
@@ -91,11 +91,9 @@ def steps_per_epoch(data: TrainingData, training: Training) -> int:
 def validation_cosine(student: StudentModule, data: TrainingData) -> float:
     """Mean cosine to the teacher on the validation rows."""
     total = torch.zeros((), dtype=torch.float64, device=data.validation.device)
-    wanted = student.takes_weights
-    with torch.no_grad():
-        for part in validation_batches(data, VALIDATED_ROWS, weights=wanted):
-            vectors = student.routed(part.queries, dense_weights([part], weights=wanted)).vectors
-            total += torch.cosine_similarity(vectors.double(), part.teacher.double()).sum()
+    for rows in data.validation.split(VALIDATED_ROWS):
+        vectors = left_out_answers(student, data, rows).double()
+        total += torch.cosine_similarity(vectors, data.real.teacher[rows].double()).sum()
     return float(total) / len(data.validation)
 
 

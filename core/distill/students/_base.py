@@ -46,7 +46,7 @@ class StudentModule(nn.Module, ABC):
         """Map [B, d] queries to [B, d]."""
 
     @abstractmethod
-    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
         """Map training queries, differentiably.
 
         Args:
@@ -54,6 +54,8 @@ class StudentModule(nn.Module, ABC):
             weights: [B, C], the teacher's; a student that routes over training queries takes
                 them as its own, for here a query must not find itself. [B, 0] where neither
                 the student nor a term of the loss reads them.
+            exclude: [B, e] int64, rows of the model's training queries that a query may not find,
+                nor their duplicates: what the teacher excluded; -1 for none.
         """
 
     @abstractmethod
@@ -118,13 +120,6 @@ def restore_student(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> S
     except RuntimeError as error:
         raise DataInvalid(f"the student's state does not fit its config: {error}") from error
     return module.eval()
-
-
-def keep_length(vectors: Tensor, like: Tensor) -> Tensor:
-    """Scale rows to the lengths of ``like``: takes away what rounding added over many factors."""
-    lengths = vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
-    kept: Tensor = vectors * (like.norm(dim=-1, keepdim=True) / lengths)
-    return kept
 
 
 def plane_parameters(dim: int, planes: int) -> int:

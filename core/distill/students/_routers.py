@@ -18,9 +18,9 @@ from core.specs.students import ROUTER_HIDDEN, ROUTER_RANK, Routing
 START_SHARPNESS = 10.0
 """Inverse temperature over the centroids that an untrained learnt router starts from."""
 SPARE = 8
-"""Neighbours looked at beyond top_k in training, for those that are the query itself."""
+"""Neighbours looked at beyond top_k in training, for those that are excluded."""
 SAME = 1e-10
-"""Squared distance to a key, over the query's squared length, below which it is the query."""
+"""Squared distance of two keys, over the squared length of one, below which they are the same."""
 
 
 class KeyRouter(nn.Module):
@@ -113,9 +113,11 @@ class ExactRouter(KeyRouter):
         router.cluster_of.copy_(torch.from_numpy(teacher.model.cluster_of))
         return router
 
-    def training_weights(self, queries: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    def training_weights(
+        self, queries: Tensor, weights: Tensor, exclude: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Take the teacher's weights: a training query must not find itself."""
-        del queries
+        del queries, exclude
         return weights, None
 
 
@@ -174,24 +176,30 @@ class ProjectedRouter(KeyRouter):
         """Add ``project`` to an ONNX graph."""
         return graph.op("MatMul", queries, graph.constant(self.projection))
 
-    def training_weights(self, queries: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Route as ever, but past the query itself and its duplicates.
+    def training_weights(
+        self, queries: Tensor, weights: Tensor, exclude: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Route as ever, but past the excluded rows and their duplicates, as the teacher does.
 
         Not by the teacher's weights: what is trained behind this router should see its errors. A
-        query all of whose nearest keys are itself keeps them. In float32 whatever the rest of the
-        training narrows to: a rounded query would not be recognised as itself.
+        query all of whose nearest keys are excluded keeps them. In float32 whatever the rest of
+        the training narrows to: neighbours are found by what the router does when it is used.
         """
         del weights
         with torch.autocast(queries.device.type, enabled=False):
             asked = self.project(queries.float())
-            return self._apart_from_itself(asked).exp(), None
+            return self._past(asked, exclude).exp(), None
 
-    def _apart_from_itself(self, asked: Tensor) -> Tensor:
-        """[B, r] projected queries -> [B, C] log weights over the keys that are not they."""
+    def _past(self, asked: Tensor, exclude: Tensor) -> Tensor:
+        """[B, r] projected queries, [B, e] rows -> [B, C] log weights over the other keys."""
         count = min(self.top_k + SPARE, len(self.keys))
         rows, similarity = nearest(asked, self.keys, top_k=count)
-        apart = (asked[:, None] - self.keys[rows]).square().sum(-1)  # [B, count]
-        same = apart <= SAME * asked.square().sum(-1, keepdim=True)
+        found, same = self.keys[rows], torch.zeros_like(rows, dtype=torch.bool)  # [B, count, r]
+        for column in exclude.unbind(1):
+            key = self.keys[column.clamp(min=0)]
+            apart = (key[:, None] - found).square().sum(-1)
+            equal = apart <= SAME * key.square().sum(-1, keepdim=True)
+            same |= equal & (column >= 0)[:, None]
         same &= ~same.all(1, keepdim=True)
         similarity, kept = similarity.masked_fill(same, -torch.inf).topk(self.top_k, dim=1)
         return self._merged(rows.gather(1, kept), similarity)
@@ -242,9 +250,11 @@ class LearntRouter(nn.Module):
         logits = self.straight(scaled) + self.down(hidden)
         return functional.log_softmax(logits, dim=-1)
 
-    def training_weights(self, queries: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    def training_weights(
+        self, queries: Tensor, weights: Tensor, exclude: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Route as ever; the log weights are there to be taught."""
-        del weights
+        del weights, exclude
         log_weights = self.log_weights(queries)
         return log_weights.exp(), log_weights
 

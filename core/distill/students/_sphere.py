@@ -1,4 +1,4 @@
-"""Steps along the sphere: the exponential map, which keeps lengths whatever is asked of it."""
+"""Lengths kept, and steps along the sphere, whose exponential map keeps them itself."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ def unit(vectors: Tensor) -> Tensor:
     return scaled
 
 
+def keep_length(vectors: Tensor, like: Tensor) -> Tensor:
+    """Scale rows to the lengths of ``like``: takes away what rounding added over many factors.
+
+    Entries from 1e-15 to 1e15, all that stored embeddings have: squares of others leave float32.
+    """
+    own = vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    kept: Tensor = vectors * (like.norm(dim=-1, keepdim=True) / own)
+    return kept
+
+
 def emit_step(graph: Graph, units: str, steps: str) -> str:
     """Add ``step_along`` to an ONNX graph."""
     axes = graph.axes(-1)
@@ -51,12 +61,16 @@ def emit_step(graph: Graph, units: str, steps: str) -> str:
 
 def emit_unit(graph: Graph, vectors: str) -> str:
     """Add ``unit`` to an ONNX graph."""
-    tiny = graph.constant(torch.finfo(torch.float32).tiny)
-    return graph.op("Div", vectors, graph.op("Max", graph.norm(vectors), tiny))
+    return graph.op("Div", vectors, _emit_own(graph, vectors))
 
 
 def emit_keep_length(graph: Graph, vectors: str, like: str) -> str:
     """Add ``keep_length`` to an ONNX graph; a zero query stays zero."""
-    tiny = graph.constant(torch.finfo(torch.float32).tiny)
-    scale = graph.op("Div", graph.norm(like), graph.op("Max", graph.norm(vectors), tiny))
+    scale = graph.op("Div", graph.norm(like), _emit_own(graph, vectors))
     return graph.op("Mul", vectors, scale)
+
+
+def _emit_own(graph: Graph, vectors: str) -> str:
+    """Lengths by which a row can be divided."""
+    tiny = graph.constant(torch.finfo(torch.float32).tiny)
+    return graph.op("Max", graph.norm(vectors), tiny)

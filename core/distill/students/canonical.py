@@ -13,13 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import (
-    Routed,
-    Student,
-    StudentModule,
-    keep_length,
-    plane_parameters,
-)
+from core.distill.students._base import Routed, Student, StudentModule, plane_parameters
+from core.distill.students._sphere import emit_keep_length, keep_length
 from core.distill.students._turns import TurnGraph, turn, turn_angles
 from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
@@ -28,6 +23,10 @@ from core.rotations.codebook import canonical
 from core.specs.codebooks import CanonicalPlanes, PrincipalPlanes
 from core.specs.students import Canonical
 
+BLOCK_ROWS = 4096
+"""Queries mapped at a time where no gradient is kept."""
+CANCELLED = 1e-4
+"""Length of a sum of rotations, over the query's, below which it is rounding."""
 SCALE_OF_ONE = math.log(math.e - 1)
 """What softplus maps to 1."""
 
@@ -59,6 +58,9 @@ class CanonicalLayer(nn.Module):
         )
         if self.vector is not None:
             turned = turned + x.norm(dim=1, keepdim=True) * self.vector
+        if self.form == "additive" or self.vector is not None:
+            least = CANCELLED * x.norm(dim=1, keepdim=True)
+            turned = torch.where(turned.norm(dim=1, keepdim=True) > least, turned, x)
         return keep_length(turned, x)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -86,9 +88,11 @@ class CanonicalLayer(nn.Module):
         if self.vector is not None:
             moved = graph.op("Mul", graph.norm(x), graph.constant(self.vector))
             turned = graph.op("Add", turned, moved)
-        tiny = graph.constant(torch.finfo(torch.float32).tiny)  # a zero query stays zero
-        scale = graph.op("Div", graph.norm(x), graph.op("Max", graph.norm(turned), tiny))
-        return graph.op("Mul", turned, scale)
+        if self.form == "additive" or self.vector is not None:
+            least = graph.op("Mul", graph.norm(x), graph.constant(CANCELLED))
+            kept = graph.op("Greater", graph.norm(turned), least)
+            turned = graph.op("Where", kept, turned, x)
+        return emit_keep_length(graph, turned, x)
 
     def _emit_weights(self, graph: Graph, x: str) -> str:
         shape = graph.axes(0, self.heads, self.width)
@@ -117,7 +121,7 @@ class CanonicalStudent(StudentModule):
     documents leave open (where the scale stands, how ``additive`` weighs) is chosen here.
 
     ``additive`` has no direction where its rotations cancel, as half of a plane at pi with half
-    of another can; the answer is then zero.
+    of another can, nor has a sum with a bias vector: a layer then leaves its query as it is.
     """
 
     takes_weights = has_router = False
@@ -166,15 +170,18 @@ class CanonicalStudent(StudentModule):
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
+        return torch.cat([self._map(part) for part in queries.split(BLOCK_ROWS)])
+
+    def _map(self, queries: Tensor) -> Tensor:
         x = queries if self.anchor is None else queries @ self.anchor
         for layer in self.layers:
             x = layer(x, self.planes)
         x = keep_length(x, queries)
         return x if self.scale is None else x * functional.softplus(self.scale)
 
-    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
-        """Map training queries; there is no router over clusters, so weights say nothing."""
-        del weights
+    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
+        """Map training queries; there is no router over clusters: it finds nothing."""
+        del weights, exclude
         return Routed(self(queries))
 
     def gentle(self) -> list[nn.Parameter]:
@@ -190,6 +197,7 @@ class CanonicalStudent(StudentModule):
         for layer in self.layers:
             assert isinstance(layer, CanonicalLayer)
             x = layer.emit(graph, x, turns)
+        x = emit_keep_length(graph, x, queries)
         if self.scale is None:
             return x
         return graph.op("Mul", x, graph.constant(functional.softplus(self.scale)))

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, keep_length
-from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit, step_along, unit
+from core.distill.students._base import Routed, Student, StudentModule
+from core.distill.students._sphere import (
+    emit_keep_length,
+    emit_step,
+    emit_unit,
+    keep_length,
+    step_along,
+    unit,
+)
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
 from core.specs.students import GeodesicAttention
@@ -22,6 +29,8 @@ OWN = 6.0
 """Log odds, at the start, of a slot's own cluster over any other."""
 GAIN = 4.0
 """What a cluster of weight 1 multiplies its hidden units by at the start."""
+BLOCK_ROWS = 4096
+"""Queries mapped at a time where no gradient is kept."""
 
 
 class GeodesicAttentionStudent(StudentModule):
@@ -56,11 +65,14 @@ class GeodesicAttentionStudent(StudentModule):
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
-        return self.routed(queries, queries).vectors
+        return torch.cat([self._map(part).vectors for part in queries.split(BLOCK_ROWS)])
 
-    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
         """Map training queries; its own attention is the router."""
-        del weights
+        del weights, exclude
+        return self._map(queries)
+
+    def _map(self, queries: Tensor) -> Routed:
         scaled = queries / self.length
         attention = (scaled @ self.keys.T).softmax(-1)  # [B, S]
         own = attention @ self.values.softmax(-1)  # [B, C]

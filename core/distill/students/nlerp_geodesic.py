@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import (
-    Routed,
-    Student,
-    StudentModule,
-    keep_length,
-    plane_parameters,
-)
+from core.distill.students._base import Routed, Student, StudentModule, plane_parameters
 from core.distill.students._routers import Router, build_router, restore_router
-from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit, step_along, unit
+from core.distill.students._sphere import (
+    emit_keep_length,
+    emit_step,
+    emit_unit,
+    keep_length,
+    step_along,
+    unit,
+)
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
 from core.specs.students import NlerpGeodesic
@@ -84,9 +85,9 @@ class NlerpGeodesicStudent(StudentModule):
         clusters, columns, dim = self.bases.shape
         return super().free_parameters() + clusters * plane_parameters(dim, columns // 2)
 
-    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
         """Map training queries, routed as their router does in training."""
-        weights, log_weights = self.router.training_weights(queries, weights)
+        weights, log_weights = self.router.training_weights(queries, weights, exclude)
         back = turned(self.bases, self.angles)
         return Routed(self._map(queries, weights, back), log_weights)
 

@@ -11,14 +11,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from core.distill.graph import Graph
-from core.distill.students._base import (
-    Routed,
-    Student,
-    StudentModule,
-    keep_length,
-    plane_parameters,
-)
+from core.distill.students._base import Routed, Student, StudentModule, plane_parameters
 from core.distill.students._routers import Router, build_router, restore_router
+from core.distill.students._sphere import emit_keep_length, keep_length
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
@@ -75,9 +70,9 @@ class RotorProductStudent(StudentModule):
         ]
         return torch.cat(parts)
 
-    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
         """Map training queries, routed as their router does in training."""
-        weights, log_weights = self.router.training_weights(queries, weights)
+        weights, log_weights = self.router.training_weights(queries, weights, exclude)
         return Routed(keep_length(self._rotate(queries, weights), queries), log_weights)
 
     def retract(self) -> None:
@@ -109,9 +104,7 @@ class RotorProductStudent(StudentModule):
         for backwards in (False, True):
             body = _factor_graph(self.config, f"{'back' if backwards else 'forth'}_")
             x = graph.scan(body, x, inputs, backwards=backwards)
-        tiny = graph.constant(torch.finfo(torch.float32).tiny)  # a zero query stays zero
-        scale = graph.op("Div", graph.norm(queries), graph.op("Max", graph.norm(x), tiny))
-        return graph.op("Mul", x, scale)
+        return emit_keep_length(graph, x, queries)
 
 
 def orthonormal(bases: Tensor) -> Tensor:

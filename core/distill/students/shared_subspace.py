@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, keep_length
+from core.distill.students._base import Routed, Student, StudentModule
 from core.distill.students._routers import Router, build_router, restore_router
-from core.distill.students._sphere import emit_keep_length
+from core.distill.students._sphere import emit_keep_length, keep_length
 from core.distill.teachers._base import TeacherModel
 from core.rotations.chebyshev import RADIUS_STEP, series
 from core.specs.students import SharedSubspace
@@ -72,9 +72,9 @@ class SharedSubspaceStudent(StudentModule):
         rank = self.basis.shape[1]
         return super().free_parameters() - rank * rank
 
-    def routed(self, queries: Tensor, weights: Tensor) -> Routed:
+    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
         """Map training queries, routed as their router does in training."""
-        weights, log_weights = self.router.training_weights(queries, weights)
+        weights, log_weights = self.router.training_weights(queries, weights, exclude)
         turned = self._rotate(queries, weights, self.bivectors())
         return Routed(keep_length(turned, queries), log_weights)
 

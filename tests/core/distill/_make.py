@@ -136,6 +136,10 @@ def make_student(name: str, *, seed: int = 0, **changes: object) -> StudentModul
     return build_student(spec, make_teacher(), seed)
 
 
+NOTHING = torch.full((50, 1), -1)
+"""What ``some_queries`` exclude: they are no training queries."""
+
+
 def some_queries(count: int = 50) -> Tensor:
     rng = np.random.default_rng(7)
     return torch.from_numpy(unit(rng.normal(size=(count, DIM))).astype(np.float32))

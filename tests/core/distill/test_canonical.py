@@ -327,3 +327,17 @@ def test_a_config_that_no_spec_allows_is_refused() -> None:
     for changes in ({"bias": "heavy"}, {"layers": 0}, {"unheard_of": 1}):
         with pytest.raises(DataInvalid, match="the student's config"):
             restore_student({**student.config, **changes}, student.state_dict())
+
+
+def test_where_rotations_cancel_a_layer_leaves_its_query() -> None:
+    student = student_of(
+        {"transformer_type": "additive", "n_components": 2, "angle_scale": math.pi}, noise=0
+    )
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith("keys"):  # both planes weigh a half
+                parameter.zero_()
+    queries = torch.eye(DIM)[:3]  # two in the first plane, one in the second
+    found = student(queries).detach()
+    torch.testing.assert_close(found, queries)
+    np.testing.assert_allclose(run_onnx(to_onnx(student), queries), queries.numpy(), atol=1e-6)

@@ -22,6 +22,9 @@ from tests.core.distill._make import (
     some_queries,
 )
 
+NONE = torch.empty(0)
+"""The teacher's weights, which a projected router does not read."""
+
 
 def exact_weights(queries: torch.Tensor) -> torch.Tensor:
     dense: torch.Tensor = make_teacher().mixture(queries).dense()
@@ -65,7 +68,7 @@ def test_in_training_a_query_does_not_find_itself_nor_its_duplicates(*, twice: b
     queries = torch.from_numpy(model.queries)
     own = torch.from_numpy(teacher.own_rows(model.queries))
 
-    weights, taught = router.training_weights(queries, torch.zeros(len(queries), 1))
+    weights, taught = router.training_weights(queries, NONE, own[:, None])
 
     wanted = teacher.mixture(queries, exclude_rows=own).dense()
     torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-5)
@@ -73,11 +76,29 @@ def test_in_training_a_query_does_not_find_itself_nor_its_duplicates(*, twice: b
     assert (weights - router.log_weights(queries).exp()).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_made_query_finds_neither_of_its_parents(*, twice: bool) -> None:
+    model = doubled(make_model()) if twice else make_model()
+    teacher = RotationalTeacher(model, Rotational())
+    router = ProjectedRouter.of(teacher, rank=DIM)
+    queries = torch.from_numpy(model.queries[:9] + model.queries[1:10])
+    parents = torch.stack([torch.arange(9), torch.arange(1, 10)], dim=1)
+
+    weights, _ = router.training_weights(queries, NONE, parents)
+
+    wanted = teacher.mixture(queries, exclude_rows=parents).dense()
+    torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-5)
+    free, _ = router.training_weights(queries, NONE, torch.full_like(parents, -1))
+    torch.testing.assert_close(free, router.log_weights(queries).exp(), rtol=0, atol=1e-6)
+    assert (weights - free).abs().max() > 0.01
+
+
 def test_a_query_whose_every_key_is_itself_keeps_them() -> None:
     model = make_model()
     same = replace(model, queries=np.repeat(model.queries[:1], len(model.queries), axis=0))
     router = ProjectedRouter.of(RotationalTeacher(same, Rotational()), rank=DIM)
-    weights, _ = router.training_weights(torch.from_numpy(same.queries[:3]), torch.zeros(3, 1))
+    queries, own = torch.from_numpy(same.queries[:3]), torch.zeros(3, 1, dtype=torch.int64)
+    weights, _ = router.training_weights(queries, NONE, own)
     torch.testing.assert_close(weights.sum(1), torch.ones(3))
 
 
@@ -109,11 +130,11 @@ def test_an_unknown_router_is_refused() -> None:
 def test_a_training_query_does_not_find_itself_whatever_training_narrows_to() -> None:
     router = ProjectedRouter.of(make_teacher(), rank=DIM)
     queries = torch.from_numpy(make_model().queries)
-    none = torch.zeros(len(queries), 0)
-    wanted, _ = router.training_weights(queries, none)
+    own = torch.arange(len(queries))[:, None]
+    wanted, _ = router.training_weights(queries, NONE, own)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrowed, _ = router.training_weights(queries, none)
+        narrowed, _ = router.training_weights(queries, NONE, own)
 
     torch.testing.assert_close(narrowed, wanted, rtol=0, atol=1e-6)
     assert (wanted - router.log_weights(queries).exp()).abs().max() > 0.05

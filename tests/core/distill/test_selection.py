@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.distill import vmf
+from core.distill.batches import left_out_answers
 from core.distill.judging import Judged, Residuals, baseline_chord, effective_dim, effective_rows
 from core.distill.judging import judge as judge_student
 from core.distill.selection import Criterion, Line, cluster_error, one_standard_error, select
@@ -256,7 +257,7 @@ def test_a_student_is_judged_on_its_training_and_validation_rows() -> None:
     assert len(found.held_out) == len(found.groups) == len(data.validation)
     assert len(steps) == 2
     rows = data.validation
-    answers = make_student("rotor_product").routed(data.real.queries[rows], torch.empty(0)).vectors
+    answers = left_out_answers(make_student("rotor_product"), data, rows)
     cosines = torch.cosine_similarity(answers.double(), data.real.teacher[rows].double())
     np.testing.assert_allclose(1 - found.held_out / 2, cosines.detach().numpy(), atol=1e-12)
     assert 0 < found.held_in.mean() < baseline_chord(data)

@@ -18,6 +18,7 @@ from core.specs.teachers import Rotational
 from tests.core.distill._make import (
     CLUSTERS,
     DIM,
+    NOTHING,
     SMALL_STUDENTS,
     make_student,
     make_teacher,
@@ -92,6 +93,26 @@ def test_config_and_state_are_enough_to_come_back(name: str) -> None:
 
 
 @every_student
+@pytest.mark.parametrize("length", [1e-15, 1e-9, 1e9, 1e15])
+def test_a_query_of_any_stored_length_keeps_it(name: str, length: float) -> None:
+    queries = some_queries(6) * length
+    found = make_student(name)(queries)
+    lengths = [
+        np.linalg.norm(rows.detach().numpy().astype(float), axis=1) for rows in (found, queries)
+    ]
+    np.testing.assert_allclose(lengths[0], lengths[1], rtol=1e-6)
+
+
+@every_student
+def test_a_large_batch_is_its_parts(name: str) -> None:
+    student, queries = make_student(name), some_queries(10_000)
+    with torch.no_grad():
+        parts = [student(part) for part in queries.split(1000)]
+        whole = student(queries)
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-6)
+
+
+@every_student
 def test_the_seed_decides_every_random_start(name: str) -> None:
     state = make_student(name, seed=5).state_dict()
     same = make_student(name, seed=5).state_dict()
@@ -121,7 +142,7 @@ def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
         for parameter in student.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.01)
     weights = torch.full((50, CLUSTERS), 1 / CLUSTERS)
-    routed = student.routed(some_queries(), weights)
+    routed = student.routed(some_queries(), weights, NOTHING)
     routed.vectors[:, 0].sum().backward()
     for key, parameter in student.named_parameters():
         if parameter.requires_grad:
