@@ -180,7 +180,7 @@ def cell(pairs: Pairs, *, seed: int, split: Split, legacy: bool, timed: bool) ->
     return Cell(
         rows={row.name: row for row in found.rows},
         queries=len(rows),
-        sizes={name: megabytes(student) for name, student in students.items()},
+        sizes={name: student.stored_bytes() / 1e6 for name, student in students.items()},
         seconds=seconds,
         speeds=measure(maps, batch_of(queries)) if timed else {},
     )
@@ -196,12 +196,6 @@ def train_mlp(teacher: RotationalTeacher, targets: Tensor, *, seed: int) -> Stud
         for name, value in state.student.named_parameters():
             value.copy_(state.best[name])
     return state.student.eval()
-
-
-def megabytes(student: StudentModule) -> float:
-    """Bytes of all its tensors, in MB: what a weight file holds beside a short header."""
-    tensors = student.state_dict().values()
-    return float(sum(value.numel() * value.element_size() for value in tensors)) / 1e6
 
 
 def batch_of(queries: Array) -> Tensor:

@@ -15,7 +15,9 @@ from core.distill.retrieval import Index, row_cosines
 from core.distill.routing import own_rows
 from core.distill.students._base import StudentModule
 from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._linear import linear_blend
 from core.errors import DataInvalid
+from core.rotations.mixture import Mixture
 from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
 
@@ -161,15 +163,19 @@ def baseline_maps(teacher: TeacherModel, *, anchor: Array | None = None) -> dict
 
     mean = torch.from_numpy(mean_direction(model.targets)).to(device)
 
-    def weights(queries: Tensor) -> Tensor:
-        return teacher.mixture(queries).dense().float()
+    def blend(queries: Tensor, mixture: Mixture, *, keep_length: bool) -> Tensor:
+        return linear_blend(queries, matrices, mixture, log_scales=None, keep_length=keep_length)
+
+    def heaviest(queries: Tensor) -> Mixture:
+        best = teacher.mixture(queries).dense().argmax(dim=1, keepdim=True)
+        return Mixture.from_topk(best, torch.ones_like(best, dtype=queries.dtype), len(matrices))
 
     return {
         RAW: lambda queries: queries,
         MEAN: lambda queries: _constant(mean, queries),
         GLOBAL: lambda queries: queries @ one,
-        TOP1: lambda queries: _top1(matrices, queries, weights(queries)),
-        NLERP: lambda queries: _nlerp(matrices, queries, weights(queries)),
+        TOP1: lambda queries: blend(queries, heaviest(queries), keep_length=False),
+        NLERP: lambda queries: blend(queries, teacher.mixture(queries), keep_length=True),
         TEACHER: lambda queries: teacher.targets(queries).float(),
     }
 
@@ -320,27 +326,6 @@ def _constant(direction: Tensor, queries: Tensor) -> Tensor:
     """Answer every query alike, at its own length: what cosines flatter and ranks do not."""
     answers: Tensor = queries.norm(dim=1, keepdim=True) * direction
     return answers
-
-
-def _top1(matrices: Tensor, queries: Tensor, weights: Tensor) -> Tensor:
-    """Apply the heaviest cluster's own map: [B, d] by [C, d, d] and [B, C]."""
-    best = weights.argmax(dim=1)
-    result = torch.empty_like(queries)
-    for number in best.unique().tolist():
-        rows = (best == number).nonzero().flatten()
-        result[rows] = queries[rows] @ matrices[number]
-    return result
-
-
-def _nlerp(matrices: Tensor, queries: Tensor, weights: Tensor) -> Tensor:
-    """Average the clusters' answers and put them back to the query's length."""
-    total = torch.zeros_like(queries)
-    for number, matrix in enumerate(matrices):
-        rows = weights[:, number].nonzero().flatten()
-        total[rows] += weights[rows, number, None] * (queries[rows] @ matrix)
-    lengths = total.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    scaled: Tensor = total * (queries.norm(dim=1, keepdim=True) / lengths)
-    return scaled
 
 
 def _words(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:

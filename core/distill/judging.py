@@ -31,6 +31,8 @@ class Judged:
     name: str
     parameters: int
     """k: free parameters, those taken from the teacher among them."""
+    stored_bytes: int
+    """Of all its tensors: what it holds of the data (a router's training queries) too."""
     trained: bool
     """Whether anything of it was left to train."""
     held_in: Array
@@ -73,8 +75,7 @@ def judge(
     Raises:
         DataInvalid: an answer is NaN or infinite: its training diverged.
     """
-    first = data.same == torch.arange(len(data.same), device=data.same.device)
-    train, validation = (rows[first[rows]] for rows in (data.train, data.validation))
+    train, validation = _distinct(data, data.train), _distinct(data, data.validation)
     shown = _residuals(student, data, train, on_block)
     hidden = _residuals(student, data, validation, on_block)
     if not bool(torch.isfinite(shown.squares).all() and torch.isfinite(hidden.squares).all()):
@@ -84,6 +85,7 @@ def judge(
     return Judged(
         name=name,
         parameters=student.free_parameters(),
+        stored_bytes=student.stored_bytes(),
         trained=bool(trainable(student)),
         held_in=shown.squares.cpu().numpy(),
         held_out=hidden.squares.cpu().numpy(),
@@ -91,6 +93,11 @@ def judge(
         effective_rows=effective_rows(shown),
         effective_dim=effective_dim(shown),
     )
+
+
+def _distinct(data: TrainingData, rows: Tensor) -> Tensor:
+    """Keep the first row of every query."""
+    return rows[data.same[rows] == rows]
 
 
 @dataclass(frozen=True)
@@ -163,10 +170,12 @@ def effective_dim(residuals: Residuals) -> float:
 
 
 def baseline_chord(data: TrainingData) -> float:
-    """Mean squared chord that one global rotation leaves on the held-in rows it is fitted to."""
-    queries, targets = (
-        tensor[data.train].cpu() for tensor in (data.real.queries, data.real.teacher)
-    )
+    """Mean squared chord that one global rotation leaves on the held-in rows it is fitted to.
+
+    Each query once, as candidates are judged.
+    """
+    rows = _distinct(data, data.train)
+    queries, targets = (tensor[rows].cpu() for tensor in (data.real.queries, data.real.teacher))
     turn = torch.from_numpy(fitting.global_rotation(queries.numpy(), targets.numpy()))
     total = 0.0
     for some, wanted in zip(queries.split(BLOCK_ROWS), targets.split(BLOCK_ROWS), strict=True):

@@ -196,14 +196,14 @@ def _degrees(cosine: float) -> float:
 
 
 def draw_scores(path: Path, selection: Selection) -> None:
-    """Draw held-out log scores against parameters, one standard error each way.
+    """Draw held-out log scores against size in MB, one standard error each way.
 
     The choice is marked, and the line that the rule of one standard error draws below the best.
     """
-    lines = sorted(selection.lines, key=lambda line: line.parameters)
+    lines = sorted(selection.lines, key=lambda line: line.stored_bytes)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    sizes, scores = [line.parameters for line in lines], [line.log_score for line in lines]
+    sizes, scores = [line.stored_bytes / 1e6 for line in lines], [line.log_score for line in lines]
     errors = [line.standard_error or 0.0 for line in lines]
     axes.errorbar(sizes, scores, errors, fmt="o", color=INK, ecolor=QUIET, capsize=3)
     best = max(lines, key=lambda line: line.log_score)
@@ -217,13 +217,14 @@ def draw_scores(path: Path, selection: Selection) -> None:
         "linewidths": 2,
         "zorder": 3,
     }
-    axes.scatter([chosen.parameters], [chosen.log_score], label=f"take {chosen.name}", **ring)
+    place = (chosen.stored_bytes / 1e6, chosen.log_score)
+    axes.scatter(*place, label=f"take {chosen.name}", **ring)
     told = lines if len(lines) <= LABELLED else [best, chosen]
-    for place, line in enumerate(told):
-        up = 8 if place % 2 == 0 else -14
-        at = (line.parameters, line.log_score)
+    for number, line in enumerate(told):
+        up = 8 if number % 2 == 0 else -14
+        at = (line.stored_bytes / 1e6, line.log_score)
         axes.annotate(line.name, at, (6, up), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="free parameters", ylabel="held-out log score, nats a query")
+    axes.set(xlabel="size, MB", ylabel="held-out log score, nats a query")
     if sizes[0] > 0 and sizes[-1] > 20 * sizes[0]:
         axes.set_xscale("log")
     axes.margins(x=0.15, y=0.12)

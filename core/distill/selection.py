@@ -26,7 +26,9 @@ own sigma: their squares then sum to n (d - 1) whatever it does, and 2 k alone d
 Both are undefined where k > n_eff: S can be driven to zero there, and tells nothing. Then the mean
 log density of rows that were not trained on decides, with the exact density and the concentration
 of the training rows, by the rule of one standard error (Breiman et al. 1984, section 3.4.3): the
-smallest candidate that is no more than one standard error below the best.
+smallest candidate that is no more than one standard error below the best. Smallest in bytes, not
+in k: unseen rows tell what was learnt by heart, so what is left to save is what a student weighs,
+and one that holds the training queries weighs them too.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Line:
 
     name: str
     parameters: int
+    stored_bytes: int
     r2: float
     """Share of the held-in squared chord explained beyond one global rotation."""
     aic: float | None
@@ -125,7 +128,7 @@ def select(
     used = _used(criterion, undefined=bool(undefined))
     scores = [_log_scores(found, dim) for found in candidates]
     top = max(
-        range(len(scores)), key=lambda at: (float(scores[at].mean()), -candidates[at].parameters)
+        range(len(scores)), key=lambda at: (float(scores[at].mean()), -candidates[at].stored_bytes)
     )
     lines = [
         _line(found, score, scores[top], dim, (rows, width), baseline)
@@ -158,7 +161,7 @@ def one_standard_error(lines: Sequence[Line]) -> int:
     least = best.log_score - (best.standard_error or 0.0)
     return min(
         (place for place, line in enumerate(lines) if line.log_score >= least),
-        key=lambda place: (lines[place].parameters, -lines[place].log_score, place),
+        key=lambda place: (lines[place].stored_bytes, -lines[place].log_score, place),
     )
 
 
@@ -209,6 +212,7 @@ def _line(
     return Line(
         name=found.name,
         parameters=found.parameters,
+        stored_bytes=found.stored_bytes,
         r2=1 - unexplained,
         aic=fit + 2 * found.parameters if defined else None,
         bic=fit + found.parameters * math.log(rows) if defined else None,
@@ -230,7 +234,7 @@ def _choice(lines: Sequence[Line], used: Used) -> int:
 
 def _best(lines: Sequence[Line]) -> Line:
     """Return the best log score, the smaller among equals, then the first."""
-    return max(lines, key=lambda line: (line.log_score, -line.parameters))
+    return max(lines, key=lambda line: (line.log_score, -line.stored_bytes))
 
 
 def _words(found: Selection, untrained: Sequence[str]) -> list[str]:
@@ -268,10 +272,15 @@ def _taken(found: Selection) -> str:
             f"smaller candidate comes within its margin ({margin})."
         )
     return (
-        f"Take {chosen.name}: with {chosen.parameters:,} parameters it is the smallest of {count} "
+        f"Take {chosen.name}: with {megabytes(chosen)} it is the smallest of {count} "
         f"whose held-out log score ({score}) lies within the margin ({margin}) of the best, that "
-        f"of {best.name} ({best.log_score:.3f}; {best.parameters:,} parameters)."
+        f"of {best.name} ({best.log_score:.3f}; {megabytes(best)})."
     )
+
+
+def megabytes(line: Line) -> str:
+    """Write what a candidate weighs."""
+    return f"{line.stored_bytes / 1e6:.3g} MB"
 
 
 def _lowest(found: Selection, chosen: Line) -> str:
@@ -311,11 +320,11 @@ def _named(names: Sequence[str]) -> str:
 
 def _edge_words(found: Selection) -> list[str]:
     chosen = found.line(found.chosen)
-    sizes = sorted({line.parameters for line in found.lines})
+    sizes = sorted({line.stored_bytes for line in found.lines})
     words = []
-    if len(sizes) > 1 and chosen.parameters == sizes[-1]:
+    if len(sizes) > 1 and chosen.stored_bytes == sizes[-1]:
         words.append("It is the largest that was tried: a larger one may do better.")
-    if len(sizes) > 1 and chosen.parameters == sizes[0]:
+    if len(sizes) > 1 and chosen.stored_bytes == sizes[0]:
         words.append("It is the smallest that was tried: a smaller one may do as well.")
     if chosen.r2 <= 0:
         words.append(
@@ -328,13 +337,13 @@ def _close_words(found: Selection) -> list[str]:
     """Name a smaller student that is close already: no criterion knows where it stops to matter."""
     chosen = found.line(found.chosen)
     close = [line for line in found.lines if line.cosine >= CLOSE]
-    smallest = min(close, key=lambda line: line.parameters, default=chosen)
-    if smallest.parameters >= chosen.parameters:
+    smallest = min(close, key=lambda line: line.stored_bytes, default=chosen)
+    if smallest.stored_bytes >= chosen.stored_bytes:
         return []
     return [
         "A teacher has no noise of its own, so a nearer student scores higher down to the last "
         f"digit. Where a held-out cosine of {CLOSE} is enough, {smallest.name} has "
-        f"{smallest.cosine:.5f} with {smallest.parameters:,} parameters."
+        f"{smallest.cosine:.5f} with {megabytes(smallest)}."
     ]
 
 

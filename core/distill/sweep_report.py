@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from core.distill.report import draw_scores
-from core.distill.selection import Line, Selection
+from core.distill.selection import Line, Selection, megabytes
 
 HEADER = (
-    "| | free parameters | dAIC | dBIC | held-out log score (1 s.e.) | behind the best (1 s.e.) "
-    "| held-out cosine | R^2 | concentration |"
+    "| | free parameters | size | dAIC | dBIC | held-out log score (1 s.e.) "
+    "| behind the best (1 s.e.) | held-out cosine | R^2 | concentration |"
 )
 
 
@@ -61,7 +61,7 @@ def markdown(selection: Selection, *, title: str, facts: Mapping[str, Any]) -> s
         "dBIC are above the lowest; R^2 is the share of the squared chord on the training queries "
         "that one global rotation leaves and the student explains.",
         "",
-        "![held-out log score against free parameters](scores.png)",
+        "![held-out log score against size](scores.png)",
         "",
         "```json",
         settings,
@@ -76,6 +76,7 @@ def _row(line: Line, selection: Selection) -> str:
     cells = [
         name,
         f"{line.parameters:,}",
+        megabytes(line),
         _above(line.aic, [each.aic for each in selection.lines]),
         _above(line.bic, [each.bic for each in selection.lines]),
         f"{line.log_score:.3f} ({_error(line.standard_error)})",

@@ -51,8 +51,38 @@ def query_rows(chunk: Chunk, sha256: str, start: int, stop: int) -> Array:
     return rows.astype("float32", copy=False)
 
 
-def list_blocks(made: Sequence[Mapping[str, Produced]]) -> list[dict[str, Any]]:
-    """Return hash and rows of each chunk's ``targets``: what a ``targets`` artifact lists."""
+def write_targets(
+    chunk: Chunk,
+    made: Sequence[Mapping[str, Produced]],
+    *,
+    teacher: Mapping[str, Any],
+    pairs: str | None,
+    **beside: Any,
+) -> Produced:
+    """Write a ``targets`` artifact: which blocks hold a teacher's answers, and to what.
+
+    Args:
+        chunk: of a job with the input ``model``.
+        made: outputs of the chunks that made the blocks, in order.
+        teacher: the spec in force, JSON values.
+        pairs: SHA-256 of those whose queries are answered; None: the model's own.
+        beside: what else the file tells.
+    """
+    listed, model = _list_blocks(made), chunk.input("model")
+    facts = {
+        "rows": sum(block["rows"] for block in listed),
+        "dim": model.meta["dim"],
+        "clusters": model.meta["clusters"],
+        "model": model.sha256,
+        "pairs": pairs,
+        "teacher": dict(teacher),
+    }
+    whole = {"format": "targets", "version": 1, **facts, "blocks": listed, **beside}
+    return write_json(chunk.workdir / "targets.json", whole, format_name="targets", **facts)
+
+
+def _list_blocks(made: Sequence[Mapping[str, Produced]]) -> list[dict[str, Any]]:
+    """Return hash and rows of each chunk's ``targets``."""
     listed: list[dict[str, Any]] = []
     for outputs in made:
         file = outputs["targets"]

@@ -85,6 +85,17 @@ def load_teacher(
     return _kept[name]
 
 
+def teacher_fingerprint(chunk: Chunk, sha256: str, spec: Teacher, *, pairs: str | None) -> str:
+    """Return what identifies the teacher over a stored model; no logarithm is computed for it."""
+    from core.distill.teachers._base import teachers
+    from core.tensors.formats import load_federated, load_pairs
+
+    teacher = teachers()[spec.name].build(load_federated(chunk.fetch(sha256)), spec, "cpu", None)
+    if pairs is not None and not spec.answers_new:
+        teacher = teacher.knowing(load_pairs(chunk.fetch(pairs)))
+    return teacher.fingerprint()
+
+
 def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> TeacherModel:
     import torch
 

@@ -185,7 +185,12 @@ def data_of(spec: TrainingSpec, chunk: Chunk) -> TrainingData:
 
 
 def train_some(
-    spec: TrainingSpec, student: Student, before: Produced | None, chunk: Chunk
+    spec: TrainingSpec,
+    student: Student,
+    before: Produced | None,
+    chunk: Chunk,
+    *,
+    codebook: str | None = None,
 ) -> tuple[TrainState, Produced, list[dict[str, float]]]:
     """Train a student for one chunk: its epochs, or its steps.
 
@@ -194,6 +199,7 @@ def train_some(
         student: built anew where nothing came before.
         before: the state to go on from.
         chunk: told how far it is.
+        codebook: SHA-256 of the planes it turns in; None: its own.
 
     Returns:
         The state, its file, and the history rows that were added.
@@ -201,12 +207,14 @@ def train_some(
     from core.distill.state import TrainState
     from core.distill.students._base import build_student
     from core.distill.training import run_epochs, run_steps
+    from core.tensors.codebooks import load_codebook
 
     data = data_of(spec, chunk)
     if before is not None:
         state = TrainState.load(before.path, device=chunk.device)
     else:
-        built = build_student(student, teacher_of(spec, chunk), spec.seed)
+        planes = None if codebook is None else load_codebook(chunk.fetch(codebook))
+        built = build_student(student, teacher_of(spec, chunk), spec.seed, codebook=planes)
         state = TrainState.start(built, spec.training, seed=spec.seed, device=chunk.device)
     first = state.epoch
     interval = spec.training.checkpoint_interval
@@ -231,9 +239,12 @@ def curves(rows: list[dict[str, float]], *, suffix: str = "") -> list[Metric]:
 
 
 def export_files(
-    spec: TrainingSpec, student: Student, state: TrainState, chunk: Chunk
+    spec: TrainingSpec, student: Student, state: TrainState, chunk: Chunk, **beside: Any
 ) -> dict[str, Produced]:
-    """Write the trained student's files and its training.json; the same for any kind of job."""
+    """Write the trained student's files and its training.json; the same for any kind of job.
+
+    ``beside``: what else made the student, JSON values.
+    """
     from core.distill.export import export_student
     from core.distill.training import remarks
 
@@ -246,6 +257,7 @@ def export_files(
         "student": student.model_dump(mode="json"),
         "training": spec.training.recipe(),
         "seed": spec.seed,
+        **beside,
     }
     files = export_student(trained, folder, facts={**facts, **told})
     return {

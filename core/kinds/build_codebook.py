@@ -29,21 +29,25 @@ class Spec(JobSpec):
         description="Whose clusters' rotations the planes are made of."
     )
     codebook: Codebook = PrincipalPlanes()
-    with_codebook: Annotated[Reference, Reads("codebook")] | None = Field(
-        None,
-        description="Another model's codebook of the same width; only with method 'combined'.",
+    with_codebooks: tuple[Annotated[Reference, Reads("codebook")], ...] = Field(
+        (),
+        max_length=64,
+        description="Other models' codebooks of the same width, each of which weighs as much as "
+        "this model; only with method 'combined'.",
     )
     compat: Literal["legacy"] | None = Field(
         None, description="'legacy' takes log W as document 000 does, not log(G^T W)."
     )
 
     @model_validator(mode="after")
-    def _only_combined_joins_another(self) -> Spec:
-        if self.with_codebook is not None and not isinstance(self.codebook, CombinedPlanes):
+    def _only_combined_joins_others(self) -> Spec:
+        if self.with_codebooks and not isinstance(self.codebook, CombinedPlanes):
             raise ValueError(
-                f"with_codebook beside codebook.method '{self.codebook.method}': leave it null, "
+                f"with_codebooks beside codebook.method '{self.codebook.method}': leave it empty, "
                 "or take method 'combined'"
             )
+        if len(set(self.with_codebooks)) < len(self.with_codebooks):
+            raise ValueError("with_codebooks: the same one twice; name each once")
         if self.compat is not None and self.codebook.method == "canonical":
             raise ValueError(
                 "compat 'legacy' beside codebook.method 'canonical': made from nothing, whatever "
@@ -57,10 +61,12 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     model = inputs["model"].meta
     clusters, dim = model["clusters"], model["dim"]
     spec.codebook.check_width(dim)
-    if "with_codebook" in inputs and (other := inputs["with_codebook"].meta["dim"]) != dim:
-        raise SpecInvalid(
-            f"with_codebook has {other} dimensions, the model {dim}", pointer="/with_codebook"
-        )
+    for number, name in enumerate(_others(spec)):
+        if (other := inputs[name].meta["dim"]) != dim:
+            raise SpecInvalid(
+                f"with_codebooks: number {number + 1} has {other} dimensions, the model {dim}",
+                pointer=f"/with_codebooks/{number}",
+            )
     several = len(blocks(clusters, CLUSTERS_PER_BLOCK))
     block = float_bytes(clusters + 6 * CLUSTERS_PER_BLOCK, dim, dim)
     return [
@@ -76,6 +82,11 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
         ),
         Stage("build", 1, memory_bytes=_build_bytes(spec.codebook, clusters, dim)),
     ]
+
+
+def _others(spec: Spec) -> list[str]:
+    """Name the inputs that are other models' codebooks."""
+    return [f"with_codebooks.{number}" for number in range(len(spec.with_codebooks))]
 
 
 def _build_bytes(codebook: Codebook, clusters: int, dim: int) -> int:
@@ -218,12 +229,11 @@ def _combined(spec: Spec, chunk: Chunk, asked: CombinedPlanes) -> Planes:
         ]
     sizes = _sizes(chunk).double()
     turning = sizes / sizes.sum() * torch.from_numpy(np.array(squares))
-    other, facts = None, {}
-    if spec.with_codebook is not None:
-        sha256 = chunk.input("with_codebook").sha256
-        other, facts = load_codebook(chunk.fetch(sha256)), {"codebook": sha256}
-    made = combine_clusters(own, turning, asked, other=other)
-    return Made(made.planes, made.explained, made.method, {**made.facts, **facts})
+    joined = [chunk.input(name).sha256 for name in _others(spec)]
+    others = [load_codebook(chunk.fetch(sha256)) for sha256 in joined]
+    made = combine_clusters(own, turning, asked, others=others)
+    facts = {**made.facts, "codebooks": joined} if joined else made.facts
+    return Made(made.planes, made.explained, made.method, facts)
 
 
 def _sizes(chunk: Chunk) -> Tensor:

@@ -20,9 +20,9 @@ from core.kinds._files import (
     BLOCK_ENTRIES,
     blocks,
     float_bytes,
-    list_blocks,
+    query_rows,
     vector_blocks,
-    write_json,
+    write_targets,
 )
 from core.kinds._teacher import (
     CLUSTERS_PER_BLOCK,
@@ -111,27 +111,19 @@ def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 def _queries(spec: Spec, chunk: Chunk, own: Array, start: int, stop: int) -> Array:
     """Return the queries of one block; of a file of pairs these rows alone are read."""
-    from core.tensors import shards
-
     if spec.pairs is None:
         return own[start:stop]
-    path = chunk.fetch(chunk.input("pairs").sha256)
-    return shards.load_rows(path, "query_embeddings", start, stop).astype("float32", copy=False)
+    return query_rows(chunk, chunk.input("pairs").sha256, start, stop)
 
 
 def _list(spec: Spec, chunk: Chunk) -> ChunkResult:
-    listed = list_blocks(chunk.outputs("targets"))
-    model = chunk.input("model")
-    facts = {
-        "rows": sum(block["rows"] for block in listed),
-        "dim": model.meta["dim"],
-        "model": model.sha256,
-        "pairs": spec.pairs and chunk.input("pairs").sha256,
-        "teacher": spec.teacher.model_dump(mode="json"),
-    }
-    whole = {"format": "targets", "version": 1, **facts, "blocks": listed}
-    path = chunk.workdir / "targets.json"
-    return ChunkResult(outputs={"targets": write_json(path, whole, format_name="targets", **facts)})
+    made = write_targets(
+        chunk,
+        chunk.outputs("targets"),
+        teacher=spec.teacher.model_dump(mode="json"),
+        pairs=spec.pairs and chunk.input("pairs").sha256,
+    )
+    return ChunkResult(outputs={"targets": made})
 
 
 KIND = Kind(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
+
+from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Stage
 from core.kinds._training import (
     TrainingSpec,
@@ -18,7 +21,9 @@ from core.kinds._training import (
     train_chunks,
     train_some,
 )
-from core.specs.students import RotorProduct, Student
+from core.specs.base import Reads, Reference
+from core.specs.codebooks import PrincipalPlanes
+from core.specs.students import Canonical, RotorProduct, Student
 
 
 class Spec(TrainingSpec):
@@ -26,17 +31,52 @@ class Spec(TrainingSpec):
 
     kind: Literal["distill"] = "distill"
     student: Student = RotorProduct()
+    codebook: Annotated[Reference, Reads("codebook")] | None = Field(
+        None,
+        description="Planes that a 'canonical' student turns in, of build_codebook or uploaded; "
+        "null: those its own fields say.",
+    )
+
+    @model_validator(mode="after")
+    def _planes_are_told_once(self) -> Spec:
+        if self.codebook is None:
+            return self
+        if not isinstance(self.student, Canonical):
+            raise ValueError(
+                f"codebook beside student '{self.student.name}': leave it null, or take 'canonical'"
+            )
+        for field in ("codebook", "n_components"):
+            if getattr(self.student, field) is not None:
+                raise ValueError(f"codebook beside student.{field}: leave one of them null")
+        return self
 
 
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Targets where none are given, the chain of epochs, the export."""
     model = inputs["model"].meta
-    check_student(spec, spec.student, inputs)
+    check_student(spec, _planned(spec, inputs), inputs)
     return [
         targets_stage(spec, inputs),
         Stage("train", train_chunks(spec, inputs), "chained", memory_bytes=needed_bytes(model)),
         Stage("export", 1),
     ]
+
+
+def _planned(spec: Spec, inputs: Mapping[str, Input]) -> Student:
+    """Return the student whose width is checked, after holding the codebook's against it."""
+    if "codebook" not in inputs or not isinstance(spec.student, Canonical):
+        return spec.student
+    planes, dim = inputs["codebook"].meta, inputs["model"].meta["dim"]
+    if planes["dim"] != dim:
+        raise SpecInvalid(
+            f"codebook has {planes['dim']} dimensions, the model {dim}", pointer="/codebook"
+        )
+    own = PrincipalPlanes(n_components=planes["n_components"], disjoint=planes["disjoint"])
+    return spec.student.model_copy(update={"codebook": own})
+
+
+def _codebook(spec: Spec, chunk: Chunk) -> str | None:
+    return None if spec.codebook is None else chunk.input("codebook").sha256
 
 
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
@@ -47,7 +87,9 @@ def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
     before = chunk.latest("train").get("state")
-    state, made, rows = train_some(spec, spec.student, before, chunk)
+    state, made, rows = train_some(
+        spec, spec.student, before, chunk, codebook=_codebook(spec, chunk)
+    )
     return ChunkResult(
         checkpoints={"state": made},
         metrics=curves(rows),
@@ -63,7 +105,9 @@ def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
 
     state = TrainState.load(chunk.latest("train")["state"].path)
     chunk.progress(0, 2)
-    outputs = export_files(spec, spec.student, state, chunk)
+    codebook = _codebook(spec, chunk)
+    beside = {} if codebook is None else {"codebook": codebook}
+    outputs = export_files(spec, spec.student, state, chunk, **beside)
     chunk.progress(1, 2)
     picture = chunk.workdir / "loss_curve.png"
     draw_loss(picture, state.history)

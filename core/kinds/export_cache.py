@@ -17,8 +17,9 @@ from core.kinds._teacher import (
     CLUSTERS_PER_BLOCK,
     ROWS_PER_BLOCK,
     bivector_block,
-    load_teacher,
+    stored_bytes,
     teacher_bytes,
+    teacher_fingerprint,
 )
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.teachers import Rotational, Teacher, parse_teacher
@@ -71,8 +72,19 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             )
     return [
         Stage("bivectors", count, memory_bytes=needed),
-        Stage("export", 1, memory_bytes=needed),
+        Stage("export", 1, memory_bytes=max(needed, _fingerprint_bytes(inputs))),
     ]
+
+
+def _fingerprint_bytes(inputs: Mapping[str, Input]) -> int:
+    """Return what the teacher of targets takes, whose fingerprint goes in: model, stored pairs."""
+    if "targets" not in inputs:
+        return 0
+    made = inputs["targets"].meta
+    # Targets of before clusters were told plan none for the model's rotations.
+    model = teacher_bytes({"clusters": 0, **made})
+    pairs = None if made["pairs"] is None else made
+    return model + stored_bytes(parse_teacher(made["teacher"]), pairs)
 
 
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
@@ -134,8 +146,8 @@ def _export_bivectors(spec: Spec, chunk: Chunk) -> Produced:
 def _export_targets(chunk: Chunk) -> Produced:
     listed = read_json(chunk.fetch(chunk.input("targets").sha256))
     told = parse_teacher(listed["teacher"])
-    teacher = load_teacher(chunk, listed["model"], told, pairs=listed["pairs"])
-    claims = caches.Claims(teacher.fingerprint(), listed["teacher"])
+    fingerprint = teacher_fingerprint(chunk, listed["model"], told, pairs=listed["pairs"])
+    claims = caches.Claims(fingerprint, listed["teacher"])
     made = listed["blocks"]
 
     def read() -> Iterator[Array]:

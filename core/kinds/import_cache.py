@@ -26,10 +26,10 @@ from core.kinds._files import (
     BLOCK_ENTRIES,
     blocks,
     float_bytes,
-    list_blocks,
     query_rows,
     vector_blocks,
     write_json,
+    write_targets,
 )
 from core.kinds._teacher import (
     CLUSTERS_PER_BLOCK,
@@ -259,21 +259,15 @@ def _list(spec: Spec, chunk: Chunk) -> ChunkResult:
         checked["clusters_checked"] = model.meta["clusters"]
     outputs = {}
     if spec.targets is not None:
-        listed = list_blocks(chunk.outputs("targets"))
-        rows = sum(block["rows"] for block in listed)
-        checked["rows"] = rows
-        checked["rows_recomputed"] = sum(min(spec.verify, block["rows"]) for block in listed)
-        facts = {
-            "rows": rows,
-            "dim": model.meta["dim"],
-            "model": model.sha256,
-            "pairs": files.get("pairs"),
-            "teacher": teacher,
-        }
-        whole = {"format": "targets", "version": 1, **facts, "blocks": listed}
-        whole["imported"] = {**files, "rows_recomputed": checked["rows_recomputed"]}
-        path = chunk.workdir / "targets.json"
-        outputs["targets"] = write_json(path, whole, format_name="targets", **facts)
+        made = chunk.outputs("targets")
+        rows = [block["targets"].meta["rows"] for block in made]
+        checked["rows"] = sum(rows)
+        recomputed = sum(min(spec.verify, count) for count in rows)
+        checked["rows_recomputed"] = recomputed
+        told = {**files, "rows_recomputed": recomputed}
+        outputs["targets"] = write_targets(
+            chunk, made, teacher=teacher, pairs=files.get("pairs"), imported=told
+        )
     path = chunk.workdir / "checked.json"
     outputs["checked"] = write_json(path, checked, format_name="checked_cache")
     return ChunkResult(outputs=outputs)

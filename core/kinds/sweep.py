@@ -24,7 +24,7 @@ from core.kinds._training import (
     teacher_spec,
     train_some,
 )
-from core.specs.students import NlerpGeodesic, RotorProduct, Student
+from core.specs.students import RotorProduct, Student
 from core.specs.variants import MOST, Value, Variant, expand
 
 ROUND = "train_"
@@ -102,9 +102,9 @@ def _round(number: int) -> str:
 
 
 def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str, Input]) -> None:
-    """Refuse variants that width or teacher do not allow, or that the width makes the same."""
-    dim = inputs["model"].meta["dim"]
-    known: dict[str, str] = {}
+    """Refuse variants that width or teacher do not allow, or that the model makes the same."""
+    model = inputs["model"].meta
+    known: dict[str, Variant] = {}
     for variant in variants:
         try:
             check_student(spec, variant.student, inputs)
@@ -112,15 +112,15 @@ def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str
             field = (error.pointer or "").rpartition("/")[2]
             pointer = f"/grid/{field}" if field in spec.grid else "/students"
             raise SpecInvalid(f"{variant.name}: {error.message}", pointer=pointer) from error
-        student = variant.student
-        if isinstance(student, RotorProduct | NlerpGeodesic):
-            kept = min(student.planes or dim // 2, dim // 2)
-            student = student.model_copy(update={"planes": kept})
-        first = known.setdefault(student.model_dump_json(), variant.name)
-        if first != variant.name:
+        built = variant.student.as_built(dim=model["dim"], rows=model["rows"])
+        first = known.setdefault(built.model_dump_json(), variant)
+        if first is not variant:
+            told, other = variant.student.model_dump(), first.student.model_dump()
+            changed = [name for name in spec.grid if told.get(name) != other.get(name)]
             raise SpecInvalid(
-                f"{variant.name} is the same as {first}: width {dim} has {dim // 2} planes",
-                pointer="/grid/planes" if "planes" in spec.grid else "/students",
+                f"{variant.name} is the same student as {first.name} at width {model['dim']} and "
+                f"{model['rows']} training queries",
+                pointer=f"/grid/{changed[0]}" if changed else "/students",
             )
 
 

@@ -199,29 +199,29 @@ def combine_clusters(
     turning: Tensor,
     spec: CombinedPlanes,
     *,
-    other: Codebook | None = None,
+    others: Sequence[Codebook] = (),
 ) -> Codebook:
-    """Combine the clusters' own codebooks, and with another model's, which weighs as much as all.
+    """Combine the clusters' own codebooks, and other models', each of which weighs as all those.
 
     Args:
         own: of ``clusters_own``, C of them.
         turning: [C], p_c |L_c|^2.
         spec: how many planes.
-        other: of the same width.
+        others: of the same width.
 
     Raises:
-        DataInvalid: no cluster turns, or the other codebook explains nothing.
+        DataInvalid: no cluster turns, or another codebook explains nothing.
     """
     if not float(turning.sum()) > 0:
         raise nothing_turns()
     shares = (turning / turning.sum()).tolist()
     sources = [(codebook, share) for codebook, share in zip(own, shares, strict=True) if codebook]
-    if other is not None:
+    for number, other in enumerate(others):
         explained = float(other.explained.sum())
         if not explained > 0:
             raise DataInvalid(
-                "with_codebook: it says of no plane that it explains anything, as canonical ones "
-                "do not; give one that was made from a model"
+                f"with_codebooks: number {number + 1} says of no plane that it explains anything, "
+                "as canonical ones do not; give one that was made from a model"
             )
         sources.append((other, 1.0 / explained))
     made = combine(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,29 @@ ROUTER_RANK = 128
 """Rank of a projected router that is told none."""
 
 
-class Canonical(Closed):
+class Shaped(Closed):
+    """What every student's spec has."""
+
+    def check_width(self, dim: int) -> None:
+        """Raise SpecInvalid where a student of this width cannot be built."""
+        if dim < 2:
+            raise SpecInvalid(f"width {dim} has no plane to rotate in; allowed: 2 and more")
+
+    def as_built(self, *, dim: int, rows: int) -> Self:
+        """Return the same student with its fields as they act on a model.
+
+        What null means is told, and what a model has fewer of is cut: two specs of which this
+        is equal are one student.
+
+        Args:
+            dim: d, of the model.
+            rows: of its training queries.
+        """
+        del dim, rows
+        return self
+
+
+class Canonical(Shaped):
     """Document 000's own student: rotations in the planes of a codebook, by attention weights.
 
     On canonical planes it is kept for comparison: whatever it learns there stays close to the
@@ -77,6 +99,14 @@ class Canonical(Closed):
             )
         return self
 
+    def as_built(self, *, dim: int, rows: int) -> Self:
+        """Tell the planes, canonical ones by their number; see Shaped."""
+        del dim, rows
+        planes = self.planes()
+        if not isinstance(planes, CanonicalPlanes):
+            return self
+        return self.model_copy(update={"codebook": None, "n_components": planes.n_components})
+
     def planes(self) -> Codebook:
         """Return the codebook that is meant."""
         return self.codebook or CanonicalPlanes(n_components=self.n_components or PLANES)
@@ -94,7 +124,7 @@ class Canonical(Closed):
             )
 
 
-class Routing(Closed):
+class Routing(Shaped):
     """How a student weighs the clusters of a query: shared by all that blend them.
 
     ``exact`` is the teacher's own attention over its n training queries: 4 bytes per query and
@@ -132,10 +162,20 @@ class Routing(Closed):
                 )
         return self
 
-    def check_width(self, dim: int) -> None:
-        """Every width from 2 fits: it has dim // 2 planes, and all are kept where fewer."""
-        if dim < 2:
-            raise SpecInvalid(f"width {dim} has no plane to rotate in; allowed: 2 and more")
+    def as_built(self, *, dim: int, rows: int) -> Self:
+        """Tell the router's size, and what else is bound by the width; see Shaped."""
+        del rows
+        told: dict[str, int] = {}
+        if self.router == "projected":
+            told["router_rank"] = min(self.router_rank or ROUTER_RANK, dim)
+        elif self.router == "learnt":
+            told["router_hidden"] = self.router_hidden or ROUTER_HIDDEN
+        return self.model_copy(update={**told, **self._bound(dim)})
+
+    def _bound(self, dim: int) -> dict[str, int]:
+        """Fields of the student's own that the width bounds."""
+        del dim
+        return {}
 
 
 class RotorProduct(Routing):
@@ -161,6 +201,9 @@ class RotorProduct(Routing):
         "With another router and false nothing is trained: losses and learning rate then say "
         "nothing, and one epoch judges the student.",
     )
+
+    def _bound(self, dim: int) -> dict[str, int]:
+        return {"planes": min(self.planes or dim // 2, dim // 2)}
 
 
 class NlerpGeodesic(Routing):
@@ -190,6 +233,9 @@ class NlerpGeodesic(Routing):
         "0.002 of the gap behind the exact router and lost 0.007 behind the projected one.",
     )
 
+    def _bound(self, dim: int) -> dict[str, int]:
+        return {"planes": min(self.planes or dim // 2, dim // 2)}
+
 
 class SharedSubspace(Routing):
     """``q G exp(sum_c w_c U S_c U^T)``: every cluster rotates inside one learnt subspace U.
@@ -205,8 +251,11 @@ class SharedSubspace(Routing):
         64, ge=2, le=1024, description="r, dimensions of U; all where the width is less."
     )
 
+    def _bound(self, dim: int) -> dict[str, int]:
+        return {"subspace": min(self.subspace, dim)}
 
-class GeodesicAttention(Closed):
+
+class GeodesicAttention(Shaped):
     """Cross-attention from the query to learnt slots, a gated MLP, a step along the sphere.
 
     Dense matrix products alone. S slots and h hidden units take 4 (S (d + C) + h (2 d + C) + d^2)
@@ -223,10 +272,10 @@ class GeodesicAttention(Closed):
     )
     hidden: int = Field(1024, ge=1, le=16_384, description="Width of the gated MLP.")
 
-    def check_width(self, dim: int) -> None:
-        """Every width from 2 fits."""
-        if dim < 2:
-            raise SpecInvalid(f"width {dim} has no direction to move in; allowed: 2 and more")
+    def as_built(self, *, dim: int, rows: int) -> Self:
+        """Cut the slots to the queries there are; see Shaped."""
+        del dim
+        return self.model_copy(update={"slots": min(self.slots, rows)})
 
 
 def check_router(student: Closed, teacher: Weighing) -> None:

@@ -128,7 +128,10 @@ _FACTS: Mapping[str, tuple[Any, str]] = {
     "compat": (lambda v: v in ("legacy", None), "legacy or null"),
     "source": (lambda v: v == "imported", "imported"),
     "model": (lambda v: _is_sha256(v), "a SHA-256"),
-    "codebook": (lambda v: v is None or _is_sha256(v), "null or a SHA-256"),
+    "codebooks": (
+        lambda v: isinstance(v, list) and 1 <= len(v) <= 64 and all(map(_is_sha256, v)),
+        "a list of 1 to 64 SHA-256",
+    ),
 }
 """What may be said of how a codebook was made, and how it must be said."""
 

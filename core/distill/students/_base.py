@@ -19,6 +19,7 @@ from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid, SpecInvalid
 from core.registry import scan
 from core.specs.base import Closed
+from core.tensors.codebooks import Codebook
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class StudentModule(nn.Module, ABC):
         """
         return sum(value.numel() for value in self.parameters())
 
+    def stored_bytes(self) -> int:
+        """Count the bytes of all its tensors: what a weight file holds beside a short header."""
+        return sum(value.numel() * value.element_size() for value in self.state_dict().values())
+
 
 @dataclass(frozen=True)
 class Student:
@@ -85,9 +90,12 @@ class Student:
 
     spec: type[Closed]
     build: Callable[[Any, TeacherModel, int], StudentModule]
-    """(spec, teacher, seed) -> an untrained student on the CPU, initialised from the teacher."""
+    """(spec ``as_built``, teacher, seed) -> an untrained student on the CPU, initialised from
+    the teacher."""
     restore: Callable[[Mapping[str, Any]], StudentModule]
     """config -> a student whose state is then loaded."""
+    build_on: Callable[[Any, TeacherModel, Codebook], StudentModule] | None = None
+    """The same as ``build`` on given planes; None where a student has none of its own."""
 
 
 def students() -> Mapping[str, Student]:
@@ -95,11 +103,26 @@ def students() -> Mapping[str, Student]:
     return scan("core.distill.students", "STUDENT", Student)
 
 
-def build_student(spec: Any, teacher: TeacherModel, seed: int) -> StudentModule:
-    """Build the student a spec names; draws from ``seed`` alone."""
+def build_student(
+    spec: Any, teacher: TeacherModel, seed: int, *, codebook: Codebook | None = None
+) -> StudentModule:
+    """Build the student a spec names; draws from ``seed`` alone.
+
+    Args:
+        spec: of a student.
+        teacher: what it starts from.
+        seed: of every draw.
+        codebook: planes to turn in, where the student's ``build_on`` takes them.
+    """
+    rows, dim = teacher.model.queries.shape
+    plugin, built = students()[spec.name], spec.as_built(dim=dim, rows=rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return students()[spec.name].build(spec, teacher, seed)
+        if codebook is None:
+            return plugin.build(built, teacher, seed)
+        if plugin.build_on is None:
+            raise SpecInvalid(f"student {spec.name!r} turns in no codebook's planes")
+        return plugin.build_on(built, teacher, codebook)
 
 
 def restore_student(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> StudentModule:

@@ -22,6 +22,7 @@ from core.rotations.codebook import build as build_codebook
 from core.rotations.codebook import canonical
 from core.specs.codebooks import CanonicalPlanes, PrincipalPlanes
 from core.specs.students import Canonical
+from core.tensors.codebooks import Codebook
 
 BLOCK_ROWS = 4096
 """Queries mapped at a time where no gradient is kept."""
@@ -214,15 +215,31 @@ def build(spec: Canonical, teacher: TeacherModel, seed: int) -> CanonicalStudent
     planes, dim = spec.planes(), teacher.model.queries.shape[1]
     spec.check_width(dim)
     if isinstance(planes, CanonicalPlanes):  # made from nothing: no logarithm is asked for
-        codebook = canonical(dim, planes.n_components)
-    else:
-        codebook = build_codebook(
-            planes, teacher.bivectors.cpu(), weights=_cluster_sizes(teacher), seed=seed
-        )
-    student = CanonicalStudent(spec, dim=dim, method=codebook.method, disjoint=codebook.disjoint)
-    if student.anchor is not None:
-        student.planes.copy_(torch.from_numpy(codebook.planes))
-        student.anchor.copy_(teacher.anchor)
+        return CanonicalStudent(spec, dim=dim)
+    codebook = build_codebook(
+        planes, teacher.bivectors.cpu(), weights=_cluster_sizes(teacher), seed=seed
+    )
+    return build_on(spec, teacher, codebook)
+
+
+def build_on(spec: Canonical, teacher: TeacherModel, codebook: Codebook) -> CanonicalStudent:
+    """Start near G, on the planes of a codebook.
+
+    Raises:
+        DataInvalid: it is of another width.
+        SpecInvalid: the heads do not divide the width.
+    """
+    dim, disjoint = teacher.model.queries.shape[1], codebook.disjoint
+    if codebook.dim != dim:
+        raise DataInvalid(f"codebook: {codebook.dim} dimensions, the model {dim}")
+    told = PrincipalPlanes(n_components=len(codebook.planes), disjoint=disjoint)
+    spec = spec.model_copy(update={"codebook": told, "n_components": None})
+    # Uploaded axes may be any planes: whatever made them, they are kept beside the weights.
+    method = "given" if codebook.method == "canonical" else codebook.method
+    student = CanonicalStudent(spec, dim=dim, method=method, disjoint=disjoint)
+    student.planes.copy_(torch.from_numpy(codebook.planes))
+    assert student.anchor is not None
+    student.anchor.copy_(teacher.anchor)
     return student
 
 
@@ -254,4 +271,4 @@ def restore(config: Mapping[str, Any]) -> CanonicalStudent:
     return CanonicalStudent(spec, dim=dim, method=method, disjoint=disjoint)
 
 
-STUDENT = Student(spec=Canonical, build=build, restore=restore)
+STUDENT = Student(spec=Canonical, build=build, restore=restore, build_on=build_on)

@@ -103,7 +103,7 @@ def build(spec: GeodesicAttention, teacher: TeacherModel, seed: int) -> Geodesic
     rows, dim = teacher.model.queries.shape
     clusters = len(teacher.bivectors)
     student = GeodesicAttentionStudent(
-        dim=dim, clusters=clusters, slots=min(spec.slots, rows), hidden=spec.hidden
+        dim=dim, clusters=clusters, slots=spec.slots, hidden=spec.hidden
     )
     queries = torch.from_numpy(teacher.model.queries).double()
     cluster_of = torch.from_numpy(teacher.model.cluster_of)

@@ -165,7 +165,7 @@ def _sum_sparse(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tens
 def build(spec: NlerpGeodesic, teacher: TeacherModel, seed: int) -> NlerpGeodesicStudent:
     """Take G and the planes from the teacher; the step is zero."""
     clusters, dim, _ = teacher.bivectors.shape
-    planes = dim // 2 if spec.planes is None else min(spec.planes, dim // 2)
+    planes = spec.planes or dim // 2
     student = NlerpGeodesicStudent(
         build_router(spec, teacher, seed),
         dim=dim,

@@ -149,7 +149,7 @@ def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:
 def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductStudent:
     """Take G and the planes from the teacher, and its routing where that is exact."""
     clusters, dim, _ = teacher.bivectors.shape
-    planes = dim // 2 if spec.planes is None else min(spec.planes, dim // 2)
+    planes = spec.planes or dim // 2
     student = RotorProductStudent(
         build_router(spec, teacher, seed),
         dim=dim,

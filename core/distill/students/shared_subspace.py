@@ -177,7 +177,7 @@ def principal_subspace(teacher: TeacherModel, rank: int) -> Tensor:
 def build(spec: SharedSubspace, teacher: TeacherModel, seed: int) -> SharedSubspaceStudent:
     """Take G, U and S_c = U^T L_c U from the teacher."""
     clusters, dim, _ = teacher.bivectors.shape
-    rank = min(spec.subspace, dim)
+    rank = spec.subspace
     student = SharedSubspaceStudent(
         build_router(spec, teacher, seed), dim=dim, clusters=clusters, subspace=rank
     )

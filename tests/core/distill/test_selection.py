@@ -16,16 +16,20 @@ from torch.nn import functional
 
 from core.distill import vmf
 from core.distill.batches import left_out_answers
+from core.distill.curriculum import teacher_answers, training_data
+from core.distill.fitting import global_rotation
 from core.distill.judging import Judged, Residuals, baseline_chord, effective_dim, effective_rows
 from core.distill.judging import judge as judge_student
 from core.distill.selection import Criterion, Line, cluster_error, one_standard_error, select
 from core.distill.sweep_report import markdown, write_sweep
+from core.distill.teachers.rotational import RotationalTeacher
 from core.rotations.logarithm import rotation_log
 from core.rotations.planes import plane_factors, rotate_in_planes
 from core.rotations.procrustes import procrustes
 from core.specs.codebooks import CanonicalPlanes, PrincipalPlanes
+from core.specs.teachers import Rotational
 from core.tensors.shards import Array
-from tests.core.distill._make import make_data, make_student, make_training
+from tests.core.distill._make import make_data, make_model, make_student, make_training
 
 D, CLUSTERS, TRUTH = 12, 40, 3
 
@@ -63,6 +67,7 @@ def simulated(seed: int, rows: int = 400) -> list[Judged]:
             Judged(
                 name=f"{planes} planes",
                 parameters=planes * (2 * D - 2 * planes - 1),
+                stored_bytes=planes * 1_000_000,
                 trained=True,
                 held_in=inside.squares.numpy(),
                 held_out=outside.squares.numpy(),
@@ -140,8 +145,8 @@ def test_aic_is_refused_in_words_where_parameters_outnumber_effective_rows() -> 
     assert select(candidates[:3], dim=D, baseline=1.0).used == "aic"
 
 
-def line(name: str, parameters: int, score: float, error: float | None = 0.5) -> Line:
-    return Line(name, parameters, 0.5, None, None, 0.9, 10.0, score, error, 0.0, None)
+def line(name: str, size: int, score: float, error: float | None = 0.5) -> Line:
+    return Line(name, 99 - size, size, 0.5, None, None, 0.9, 10.0, score, error, 0.0, None)
 
 
 def test_the_smallest_within_one_standard_error_of_the_best_is_taken() -> None:
@@ -263,6 +268,28 @@ def test_a_student_is_judged_on_its_training_and_validation_rows() -> None:
     assert 0 < found.held_in.mean() < baseline_chord(data)
 
 
+def test_the_baseline_counts_a_query_once() -> None:
+    model = make_model()
+    more = np.concatenate([np.arange(len(model.queries)), np.zeros(40, np.int64)])
+    heavy = replace(
+        model,
+        queries=model.queries[more],
+        targets=model.targets[more],
+        cluster_of=model.cluster_of[more],
+        train_rows=np.arange(len(more)),
+    )
+    teacher = RotationalTeacher(heavy, Rotational())
+    targets = teacher_answers(teacher, lambda done, total: None)
+    data = training_data(teacher, targets, make_training(), seed=0)
+    once = data.train[data.same[data.train] == data.train]
+    turn = global_rotation(heavy.queries[once], targets[once].numpy())
+    turned = heavy.queries[once] @ turn
+    wanted = torch.cosine_similarity(torch.from_numpy(turned), targets[once].double())
+
+    assert baseline_chord(data) == pytest.approx(2 - 2 * float(wanted.mean()), rel=1e-6)
+    assert len(once) < len(data.train)
+
+
 def test_what_was_judged_comes_back(tmp_path: Path) -> None:
     found = simulated(0)[2]
 
@@ -324,8 +351,8 @@ def test_the_report_says_which_and_why_and_has_the_same_bytes_again(tmp_path: Pa
     )
 
     text = files["sweep_md"].read_text()
-    assert "**Take 3 planes: with 51 parameters it is the smallest of 7" in text
-    assert "| **3 planes** | 51 |" in text
+    assert "**Take 3 planes: with 3 MB it is the smallest of 7" in text
+    assert "| **3 planes** | 51 | 3 MB |" in text
     for name, path in files.items():
         assert path.read_bytes() == again[name].read_bytes()
 
@@ -347,18 +374,18 @@ def test_what_is_undefined_or_unknown_is_told_as_such() -> None:
 
 def test_a_smaller_student_that_is_close_already_is_named() -> None:
     near, nearer = (
-        replace(simulated(0)[3], name=name, parameters=k, held_in=s, held_out=s, groups=groups)
+        replace(simulated(0)[3], name=name, stored_bytes=k, held_in=s, held_out=s, groups=groups)
         for groups in (np.arange(200) % CLUSTERS,)
         for name, k, s in (
-            ("near", 20, np.linspace(1e-3, 1.2e-3, 200)),
-            ("nearer", 30, np.linspace(1e-6, 1.2e-6, 200)),
+            ("near", 20_000, np.linspace(1e-3, 1.2e-3, 200)),
+            ("nearer", 30_000, np.linspace(1e-6, 1.2e-6, 200)),
         )
     )
 
     found = select([near, nearer], dim=D, baseline=1.0)
 
     assert found.chosen == "nearer"
-    assert any("near has 0.99945 with 20 parameters" in sentence for sentence in found.words)
+    assert any("near has 0.99945 with 0.02 MB" in sentence for sentence in found.words)
     assert not any("has no noise" in word for word in select([near], dim=D, baseline=1.0).words)
 
 

@@ -24,7 +24,7 @@ from tests.core.jobs.acts import (
     outputs_of,
     within,
 )
-from tests.core.kinds.test_kinds import CLUSTERING, tiny_pairs
+from tests.core.kinds.world import CLUSTERING, tiny_pairs
 from tests.life import (
     PROJECT,
     claim,

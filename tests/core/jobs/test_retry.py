@@ -31,7 +31,7 @@ from tests.core.jobs.acts import (
     set_chunks,
     within,
 )
-from tests.core.kinds.test_kinds import CLUSTERING, tiny_pairs
+from tests.core.kinds.world import CLUSTERING, tiny_pairs
 from tests.life import (
     BY,
     PROJECT,

@@ -9,17 +9,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from core.distill.export import student_facts
 from core.distill.teachers.rotational import RotationalTeacher
 from core.errors import SpecInvalid
 from core.kinds.build_codebook import Spec
 from core.rotations.codebook import Codebook, build, combine
 from core.specs.codebooks import CombinedPlanes, PrincipalPlanes
 from core.specs.teachers import Rotational
-from core.tensors.codebooks import load_codebook
+from core.tensors.codebooks import load_codebook, save_codebook
 from core.tensors.formats import Federated, load_federated
-from tests.core.kinds.test_kinds import CLUSTERING, World, other_world, tiny_pairs
-
-__all__ = ["other_world"]
+from tests.core.kinds.world import CLUSTERING, World, tiny_pairs
 
 
 def fitted(world: World) -> str:
@@ -96,13 +95,13 @@ def test_another_models_codebook_joins_with_the_weight_of_a_model(other_world: W
     )
     spec = {"method": "combined", "n_components": 6}
 
-    job, found = made(world, model=sha256, codebook=spec, with_codebook=f"{first}/codebook")
+    job, found = made(world, model=sha256, codebook=spec, with_codebooks=[f"{first}/codebook"])
 
     other = load_codebook(world.path(first, "codebook"))
     _, alone = made(world, model=sha256, codebook=spec)
-    assert found.facts["codebook"] == world.status(first).artifacts["codebook"]
+    assert found.facts["codebooks"] == [world.status(first).artifacts["codebook"]]
     assert found.facts["sources"] == alone.facts["sources"] + 1
-    assert "codebook" not in alone.facts
+    assert "codebooks" not in alone.facts
     rows = other.planes[0].astype(np.float64)
     kept, lost = (np.linalg.norm(rows @ c.planes.reshape(12, 16).T) for c in (found, alone))
     assert kept > lost
@@ -120,26 +119,77 @@ def test_what_cannot_be_is_refused_at_the_door(other_world: World) -> None:
     table: list[tuple[str, str, dict[str, Any]]] = [
         ("/codebook/n_components", "width 16 has 8 planes", {"codebook": {"n_components": 9}}),
         (
-            "/with_codebook",
-            "with_codebook has 20 dimensions, the model 16",
-            {"codebook": {"method": "combined", "n_components": 4}, "with_codebook": other},
+            "/with_codebooks/0",
+            "with_codebooks: number 1 has 20 dimensions, the model 16",
+            {"codebook": {"method": "combined", "n_components": 4}, "with_codebooks": [other]},
         ),
         (
-            "/with_codebook",
+            "/with_codebooks/0",
             "format 'federated_model'",
-            {"codebook": {"method": "combined", "n_components": 4}, "with_codebook": model},
+            {"codebook": {"method": "combined", "n_components": 4}, "with_codebooks": [model]},
         ),
     ]
     for pointer, match, spec in table:
         with pytest.raises(SpecInvalid, match=match) as caught:
             world.submit(kind="build_codebook", model=model, **_named(spec))
         assert caught.value.pointer == pointer
-    with pytest.raises(ValidationError, match=r"with_codebook beside codebook\.method 'pca'"):
-        Spec(model=model, with_codebook=other)
+    with pytest.raises(ValidationError, match=r"with_codebooks beside codebook\.method 'pca'"):
+        Spec(model=model, with_codebooks=(other,))
+    with pytest.raises(ValidationError, match="the same one twice"):
+        Spec(model=model, codebook=CombinedPlanes(), with_codebooks=(other, other))
 
 
 def _named(spec: dict[str, Any]) -> dict[str, Any]:
     return {**spec, "codebook": {"method": "pca", **spec["codebook"]}}
+
+
+def test_a_student_turns_in_the_planes_of_an_artifact(other_world: World) -> None:
+    world, model = other_world, fitted(other_world)
+    job, found = made(world, model=model, codebook={"method": "pca", "n_components": 4})
+    asked = {
+        "kind": "distill",
+        "model": model,
+        "codebook": f"{job}/codebook",
+        "student": {"name": "canonical", "heads": 2},
+        "training": {"epochs": 1},
+    }
+
+    trained = world.submit(**asked)
+    world.run()
+
+    student = world.student(trained)
+    planes = student.get_buffer("planes").numpy()
+    np.testing.assert_array_equal(planes, found.planes)
+    assert student.config["n_components"] == 4
+    facts = student_facts(world.path(trained, "student"))["facts"]
+    assert facts["codebook"] == world.status(job).artifacts["codebook"]
+    for change, match in (
+        ({"student": {"name": "rotor_product"}}, "codebook beside student 'rotor_product'"),
+        ({"student": {**asked["student"], "n_components": 4}}, r"beside student\.n_components"),
+    ):
+        with pytest.raises(ValidationError, match=match):
+            world.submit(**{**asked, **change})
+
+
+def test_uploaded_axes_are_kept_as_they_are(other_world: World) -> None:
+    world, model = other_world, fitted(other_world)
+    axes = np.eye(16, dtype=np.float32)[::-1].reshape(8, 2, 16)  # not in the order of canonical's
+    path = world.folder / "axes.safetensors"
+    given = Codebook(axes, np.zeros(8, np.float32), "canonical")
+    save_codebook(path, given)
+    codebook = world.put(path, "codebook", given.meta())
+
+    trained = world.submit(
+        kind="distill",
+        model=model,
+        codebook=codebook,
+        student={"name": "canonical", "heads": 2},
+        training={"epochs": 1},
+    )
+    world.run()
+
+    again = world.student(trained)
+    np.testing.assert_array_equal(again.get_buffer("planes").numpy(), axes)
 
 
 def test_planes_the_clusters_do_not_have_fail_the_job_with_how_many_there_are(

@@ -141,6 +141,31 @@ def test_bivectors_are_checked_and_the_cache_keeps_its_own(world: World, tmp_pat
     assert set(done.outputs) == {"checked"}
 
 
+def test_an_empty_cache_is_filled_with_the_services_own(world: World, tmp_path: Path) -> None:
+    file = arrays(world.files["bivectors_npz"], tmp_path)
+    nearly = file["bivectors"] * np.float32(1 + 1e-6)
+    kept = dict(world.desk.found)
+    world.desk.found.clear()
+    try:
+        world.take(npz({"logs": nearly}))
+        assert set(world.desk.found) <= set(kept), "only what the service's own jobs would keep"
+        (block,) = world.desk.found.values()
+    finally:
+        world.desk.found.update(kept)
+
+    found = shards.load(block.path)[0]["bivectors"]
+    np.testing.assert_array_equal(found, bivector_block(make_model(), Rotational(), 0, 4).values)
+    assert np.abs(found - nearly).max() > 0
+
+
+def test_an_export_of_targets_alone_plans_their_teachers_memory(world: World) -> None:
+    alone = export_cache.stages(export_cache.Spec(targets=B), {"targets": world.targets})
+    both = export_cache.stages(
+        export_cache.Spec(model=A, targets=B), {"model": world.model, "targets": world.targets}
+    )
+    assert alone[-1].memory_bytes == both[-1].memory_bytes > 0
+
+
 def test_another_branch_of_the_logarithm_passes_no_check() -> None:
     """exp(L) = W holds for it too: only its length tells."""
     model = make_model()

@@ -9,10 +9,8 @@ from core.db.models import Job
 from core.db.session import reading, transaction
 from core.errors import SpecInvalid
 from core.jobs import control
-from tests.core.kinds.test_kinds import CLUSTERING, World, other_world, tiny_pairs
+from tests.core.kinds.world import CLUSTERING, World, tiny_pairs
 from tests.life import PROJECT
-
-__all__ = ["other_world"]
 
 
 def fit(world: World, **changes: int) -> str:

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from core.errors import SpecInvalid
-from tests.core.kinds.test_kinds import TRAINING, World, tiny_pairs
-from tests.core.kinds.test_kinds import other_world as other_world
+from tests.core.kinds.world import TRAINING, World, tiny_pairs
 
 STUDENT = {"name": "rotor_product", "router_hidden": 16}
 

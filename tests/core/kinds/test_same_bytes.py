@@ -20,7 +20,7 @@ from core.db.session import make_engine, reading, transaction, upgrade
 from core.jobs import housekeeping
 from core.jobs.states import TERMINAL
 from core.kinds._base import kinds
-from tests.core.kinds.test_kinds import World, tiny_pairs
+from tests.core.kinds.world import World, tiny_pairs
 
 Files = dict[tuple[str, str, int, str], str]
 

@@ -17,7 +17,7 @@ from core.kinds._base import Input
 from core.kinds.sweep import KIND, Spec
 from core.specs.base import inputs_of
 from tests.conftest import Clock
-from tests.core.kinds.test_kinds import CLUSTERING, TRAINING, World, tiny_pairs
+from tests.core.kinds.world import CLUSTERING, TRAINING, World, tiny_pairs
 
 MODEL = "0" * 64
 ROTOR = {"name": "rotor_product", "router_hidden": 16}
@@ -98,8 +98,25 @@ def test_what_the_width_forbids_or_makes_the_same_is_refused() -> None:
     with pytest.raises(SpecInvalid, match=r"n_components=9: .* width 16 has 8 planes") as caught:
         planned(students=[CANONICAL], grid={"n_components": [4, 9]})
     assert caught.value.pointer == "/grid/n_components"
-    with pytest.raises(SpecInvalid, match="planes=12 is the same as rotor_product planes=8"):
+    same = r"planes=12 is the same student as rotor_product planes=8 at width 16 and \d+ training"
+    with pytest.raises(SpecInvalid, match=same) as caught:
         planned(grid={"planes": [4, 8, 12]})
+    assert caught.value.pointer == "/grid/planes"
+    for student, field, values in (
+        ({"name": "shared_subspace"}, "subspace", [16, 32]),
+        ({"name": "nlerp_geodesic"}, "router_rank", [16, 17]),
+        ({"name": "rotor_product"}, "router_hidden", [None, 256]),
+        ({"name": "geodesic_attention"}, "slots", [40_000, 50_000]),
+        ({"name": "canonical"}, "n_components", [8, 8.0]),
+    ):
+        with pytest.raises(
+            (SpecInvalid, ValidationError), match=r"the same student|more than once"
+        ):
+            planned(students=[student], grid={field: values})
+    given, axes = {"name": "canonical"}, {"method": "canonical", "n_components": 8}
+    with pytest.raises(SpecInvalid, match="the same student") as caught:
+        planned(students=[given | {"n_components": 8}, given | {"codebook": axes}])
+    assert caught.value.pointer == "/students"
     with pytest.raises(SpecInvalid, match="does not divide") as caught:
         planned(students=[{**CANONICAL, "heads": 3}])
     assert caught.value.pointer == "/students"
