@@ -231,6 +231,7 @@ def start_or_resume(plan: Plan, teacher: TeacherModel, targets: torch.Tensor) ->
     )
     fresh.origin = {
         "seed": plan.seed,
+        "student": plan.student.model_dump(mode="json"),
         "teacher": teacher.fingerprint(),
         "targets": hashlib.sha256(np.ascontiguousarray(targets.numpy()).data).hexdigest(),
     }

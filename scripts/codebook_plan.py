@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,10 +137,16 @@ def make_plan(**given: Any) -> Plan:
         )
     if files.resume and files.train_checkpoint is None and files.save_transformer is None:
         raise SpecInvalid("--resume: needs --train-checkpoint or --save-transformer to go on from")
+    if (saved := files.save_transformer) is not None and saved.suffix in (".safetensors", ".onnx"):
+        raise SpecInvalid(
+            f"--save-transformer {saved}: names the .pt, beside which a .safetensors and an .onnx "
+            "of the same name are written; give it another suffix"
+        )
+    _check_device(given["device"])
     _refuse_idle(given, files)
     codebook = _CODEBOOK.validate_python(_codebook(given))
     told = {name: given[name] for name in TRAINING_FIELDS & given.keys()}
-    return Plan(
+    plan = Plan(
         train=given["train"],
         teacher=_teacher(given, codebook),
         measure=given["teacher"] == MEASURED,
@@ -150,6 +157,17 @@ def make_plan(**given: Any) -> Plan:
         device=given["device"],
         files=files,
     )
+    if not plan.needs_logs():
+        _refuse(
+            _said({"bivector_cache": files.bivector_cache}),
+            "needs a teacher or planes made of the rotations' logarithms",
+        )
+    return plan
+
+
+def _check_device(device: str | None) -> None:
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise SpecInvalid(f"--device {device[:40]!r}; allowed: cpu, cuda, cuda:0 and so on")
 
 
 def _refuse_idle(given: Mapping[str, Any], files: Files) -> None:
@@ -206,7 +224,13 @@ def _teacher(given: Mapping[str, Any], codebook: Any) -> Any:
 def _student(given: Mapping[str, Any], codebook: Any) -> Any:
     name = given["student"] or "canonical"
     told = _said({key: given[key] for key in STUDENT_FIELDS})
-    told |= _pairs(given["student_options"])
+    options = _pairs(given["student_options"])
+    if "name" in options:
+        raise SpecInvalid("--student-option name: say --student")
+    said = "codebook" if given["codebook"] is not None and name == "canonical" else None
+    if twice := sorted(options.keys() & {*told, said}):
+        raise SpecInvalid(f"--student-option {twice[0]}: another option says it already")
+    told |= options
     if name == "canonical":
         told.setdefault("codebook", codebook.model_dump(mode="json"))
     elif given["codebook"] is not None and given["teacher"] != "orthogonal":
@@ -224,6 +248,6 @@ def _pairs(texts: Sequence[str]) -> dict[str, Any]:
             raise SpecInvalid(f"--student-option {text!r}; needed NAME=VALUE")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found

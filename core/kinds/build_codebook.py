@@ -12,7 +12,13 @@ from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, 
 from core.kinds._files import blocks, float_bytes
 from core.kinds._teacher import CLUSTERS_PER_BLOCK, bivector_block
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.codebooks import CanonicalPlanes, Codebook, CombinedPlanes, PrincipalPlanes
+from core.specs.codebooks import (
+    MOST_PLANES,
+    CanonicalPlanes,
+    Codebook,
+    CombinedPlanes,
+    PrincipalPlanes,
+)
 from core.specs.teachers import Rotational
 
 if TYPE_CHECKING:
@@ -61,12 +67,8 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     model = inputs["model"].meta
     clusters, dim = model["clusters"], model["dim"]
     spec.codebook.check_width(dim)
-    for number, name in enumerate(_others(spec)):
-        if (other := inputs[name].meta["dim"]) != dim:
-            raise SpecInvalid(
-                f"with_codebooks: number {number + 1} has {other} dimensions, the model {dim}",
-                pointer=f"/with_codebooks/{number}",
-            )
+    others = [inputs[name] for name in _others(spec)]
+    _check_others(others, dim, spec.compat)
     several = len(blocks(clusters, CLUSTERS_PER_BLOCK))
     block = float_bytes(clusters + 6 * CLUSTERS_PER_BLOCK, dim, dim)
     return [
@@ -80,7 +82,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             several if isinstance(spec.codebook, CombinedPlanes) else 0,
             memory_bytes=float_bytes(6 * CLUSTERS_PER_BLOCK, dim, dim),
         ),
-        Stage("build", 1, memory_bytes=_build_bytes(spec.codebook, clusters, dim)),
+        Stage("build", 1, memory_bytes=_build_bytes(spec.codebook, clusters, dim, others)),
     ]
 
 
@@ -89,13 +91,46 @@ def _others(spec: Spec) -> list[str]:
     return [f"with_codebooks.{number}" for number in range(len(spec.with_codebooks))]
 
 
-def _build_bytes(codebook: Codebook, clusters: int, dim: int) -> int:
+def _check_others(others: Sequence[Input], dim: int, compat: str | None) -> None:
+    """Refuse codebooks that cannot be joined to the model's, or bring too many planes."""
+    seen: set[str] = set()
+    for number, other in enumerate(others):
+        made, odd = other.meta, ""
+        if made["dim"] != dim:
+            odd = f"has {made['dim']} dimensions, the model {dim}"
+        elif made["method"] == "canonical":
+            odd = (
+                "is canonical: it says of no plane what that explains; give one that was made "
+                "from a model"
+            )
+        elif made.get("compat", compat) != compat:
+            told = "log W" if compat is None else "log(G^T W)"
+            odd = f"is made of {told}, this one would not be: say the same compat"
+        elif other.sha256 in seen:
+            odd = "has the content of one before it; name each once"
+        if odd:
+            pointer = f"/with_codebooks/{number}"
+            raise SpecInvalid(f"with_codebooks: number {number + 1} {odd}", pointer=pointer)
+        seen.add(other.sha256)
+    brought = sum(other.meta["n_components"] for other in others)
+    if brought > MOST_PLANES:
+        raise SpecInvalid(
+            f"with_codebooks: {brought} planes in all; allowed: 1 to {MOST_PLANES}",
+            pointer="/with_codebooks",
+        )
+
+
+def _build_bytes(codebook: Codebook, clusters: int, dim: int, others: Sequence[Input]) -> int:
     """What the build holds: see ``principal_components``, and the components beside it."""
     if isinstance(codebook, CanonicalPlanes):
         return float_bytes(2, dim, dim)
     components = float_bytes(codebook.n_components + CLUSTERS_PER_BLOCK, dim, dim)
     if isinstance(codebook, PrincipalPlanes) and codebook.solver != "incremental":
         return 2 * components + 2 * float_bytes(clusters, dim, dim)
+    if isinstance(codebook, CombinedPlanes):
+        own = clusters * codebook.brought(clusters, dim)
+        planes = own + sum(other.meta["n_components"] for other in others)
+        return 3 * components + 8 * float_bytes(planes, planes)  # four matrices of float64
     return 3 * components
 
 
@@ -141,7 +176,7 @@ def _planes(spec: Spec, chunk: Chunk) -> ChunkResult:
     path = chunk.outputs("bivectors")[chunk.index]["bivectors"].path
     bivectors = torch.from_numpy(shards.load(path)[0]["bivectors"])
     clusters, d, _ = bivectors.shape
-    count = min(spec.codebook.planes_per_cluster, d // 2)
+    count = spec.codebook.brought(chunk.input("model").meta["clusters"], d)
     planes = np.zeros((clusters, count, 2, d), np.float32)
     explained = np.zeros((clusters, count), np.float32)
     for index, bivector in enumerate(bivectors):

@@ -22,7 +22,7 @@ from core.kinds._training import (
     train_some,
 )
 from core.specs.base import Reads, Reference
-from core.specs.codebooks import PrincipalPlanes
+from core.specs.codebooks import MOST_PLANES
 from core.specs.students import Canonical, RotorProduct, Student
 
 
@@ -71,8 +71,13 @@ def _planned(spec: Spec, inputs: Mapping[str, Input]) -> Student:
         raise SpecInvalid(
             f"codebook has {planes['dim']} dimensions, the model {dim}", pointer="/codebook"
         )
-    own = PrincipalPlanes(n_components=planes["n_components"], disjoint=planes["disjoint"])
-    return spec.student.model_copy(update={"codebook": own})
+    if planes["n_components"] > MOST_PLANES:
+        raise SpecInvalid(
+            f"codebook has {planes['n_components']} planes; allowed: 1 to {MOST_PLANES}",
+            pointer="/codebook",
+        )
+    # Its own planes are not made: one passes any width.
+    return spec.student.model_copy(update={"n_components": 1})
 
 
 def _codebook(spec: Spec, chunk: Chunk) -> str | None:

@@ -27,6 +27,7 @@ from core.kinds._files import (
     blocks,
     float_bytes,
     query_rows,
+    read_json,
     vector_blocks,
     write_json,
     write_targets,
@@ -205,7 +206,9 @@ def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
     allowed = min(allowed, checking.MOST_ALLOWED)
     worst = checking.check_targets(given[rows], computed, start + rows, allowed=allowed)
     metrics = [*metrics, Metric("target_difference", chunk.index, worst)]
-    return ChunkResult(checkpoints={"targets": made}, metrics=metrics)
+    counted = {"rows_recomputed": len(rows)}
+    looked = write_json(chunk.workdir / "looked_at.json", counted, format_name="looked_at")
+    return ChunkResult(checkpoints={"targets": made, "looked_at": looked}, metrics=metrics)
 
 
 def _given(chunk: Chunk, teacher: TeacherModel, queries: Array, start: int, stop: int) -> Array:
@@ -260,9 +263,9 @@ def _list(spec: Spec, chunk: Chunk) -> ChunkResult:
     outputs = {}
     if spec.targets is not None:
         made = chunk.outputs("targets")
-        rows = [block["targets"].meta["rows"] for block in made]
-        checked["rows"] = sum(rows)
-        recomputed = sum(min(spec.verify, count) for count in rows)
+        checked["rows"] = sum(block["targets"].meta["rows"] for block in made)
+        looked = [read_json(block["looked_at"].path) for block in made]
+        recomputed = sum(each["rows_recomputed"] for each in looked)
         checked["rows_recomputed"] = recomputed
         told = {**files, "rows_recomputed": recomputed}
         outputs["targets"] = write_targets(

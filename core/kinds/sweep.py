@@ -112,8 +112,8 @@ def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str
             field = (error.pointer or "").rpartition("/")[2]
             pointer = f"/grid/{field}" if field in spec.grid else "/students"
             raise SpecInvalid(f"{variant.name}: {error.message}", pointer=pointer) from error
-        built = variant.student.as_built(dim=model["dim"], rows=model["rows"])
-        first = known.setdefault(built.model_dump_json(), variant)
+        alike = variant.student.alike(dim=model["dim"], rows=model["rows"])
+        first = known.setdefault(alike, variant)
         if first is not variant:
             told, other = variant.student.model_dump(), first.student.model_dump()
             changed = [name for name in spec.grid if told.get(name) != other.get(name)]

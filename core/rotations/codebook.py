@@ -116,6 +116,8 @@ def combine(
     d x d matrix: <P_i, P_j> = 2 [(a_i a_j)(b_i b_j) - (a_i b_j)(b_i a_j)]. ``explained`` is the
     share of these weighted planes.
 
+    Memory: four float64 matrices of M x M, M the planes of all codebooks.
+
     Args:
         codebooks: of one width.
         n_components: m, at most d // 2.
@@ -181,17 +183,14 @@ def build(
         )
     squares = bivectors.double().square().sum((1, 2)).cpu()
     turning = weigh(weights, len(bivectors)) * squares
-    own = clusters_own(bivectors, spec.planes_per_cluster)
+    clusters, d, _ = bivectors.shape
+    own = clusters_own(bivectors, spec.brought(clusters, d))
     return combine_clusters(own, turning, spec)
 
 
 def clusters_own(bivectors: Tensor, planes: int) -> list[Codebook | None]:
     """Return every cluster's own leading planes as a codebook; None where it does not turn."""
-    d = bivectors.shape[1]
-    return [
-        pca(bivector[None], min(planes, d // 2)) if bool(bivector.any()) else None
-        for bivector in bivectors
-    ]
+    return [pca(bivector[None], planes) if bool(bivector.any()) else None for bivector in bivectors]
 
 
 def combine_clusters(
@@ -202,6 +201,9 @@ def combine_clusters(
     others: Sequence[Codebook] = (),
 ) -> Codebook:
     """Combine the clusters' own codebooks, and other models', each of which weighs as all those.
+
+    What a model's planes explain is less than all it turns, the less the more dimensions that
+    fills: each model is weighed by what its planes explain together, so that all bring as much.
 
     Args:
         own: of ``clusters_own``, C of them.
@@ -216,6 +218,8 @@ def combine_clusters(
         raise nothing_turns()
     shares = (turning / turning.sum()).tolist()
     sources = [(codebook, share) for codebook, share in zip(own, shares, strict=True) if codebook]
+    together = sum(share * float(codebook.explained.sum()) for codebook, share in sources)
+    sources = [(codebook, share / together) for codebook, share in sources]
     for number, other in enumerate(others):
         explained = float(other.explained.sum())
         if not explained > 0:

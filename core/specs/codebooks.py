@@ -38,8 +38,8 @@ class PrincipalPlanes(Closed):
     solver: Literal["full", "randomized", "incremental"] = Field(
         "full",
         description="'full' is exact, through the C x C Gram matrix; 'randomized' sketches the "
-        "leading components from the job's seed; 'incremental' reads the clusters in blocks and "
-        "keeps memory bounded however many there are.",
+        "leading components from the job's seed (of teacher 'orthogonal' from 0); 'incremental' "
+        "reads the clusters in blocks and keeps memory bounded however many there are.",
     )
     disjoint: bool = Field(
         default=True,
@@ -63,8 +63,16 @@ class CombinedPlanes(Closed):
     method: Literal["combined"] = "combined"
     n_components: int = Field(PLANES, ge=1, le=MOST_PLANES, description="Planes; at most d/2.")
     planes_per_cluster: int = Field(
-        16, ge=1, le=256, description="Leading planes each cluster brings; d/2 where that is less."
+        16,
+        ge=1,
+        le=256,
+        description="Leading planes each cluster brings; d/2 where that is less, and fewer where "
+        f"all clusters together would bring more than {MOST_PLANES}.",
     )
+
+    def brought(self, clusters: int, dim: int) -> int:
+        """Return how many planes a cluster brings: what is combined grows with their square."""
+        return min(self.planes_per_cluster, dim // 2, max(1, MOST_PLANES // clusters))
 
     def check_width(self, dim: int, pointer: str = "/codebook") -> None:
         """Raise SpecInvalid where the width has too few planes."""

@@ -8,7 +8,15 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.base import Closed
-from core.specs.codebooks import MOST_PLANES, PLANES, CanonicalPlanes, Codebook, check_planes
+from core.specs.codebooks import (
+    MOST_PLANES,
+    PLANES,
+    CanonicalPlanes,
+    Codebook,
+    CombinedPlanes,
+    PrincipalPlanes,
+    check_planes,
+)
 from core.specs.teachers import Weighing
 
 ROUTER_HIDDEN = 256
@@ -37,6 +45,10 @@ class Shaped(Closed):
         """
         del dim, rows
         return self
+
+    def alike(self, *, dim: int, rows: int) -> str:
+        """Return what two specs have in common if and only if they are one map on this model."""
+        return self.as_built(dim=dim, rows=rows).model_dump_json()
 
 
 class Canonical(Shaped):
@@ -101,11 +113,22 @@ class Canonical(Shaped):
 
     def as_built(self, *, dim: int, rows: int) -> Self:
         """Tell the planes, canonical ones by their number; see Shaped."""
-        del dim, rows
+        del rows
         planes = self.planes()
-        if not isinstance(planes, CanonicalPlanes):
-            return self
-        return self.model_copy(update={"codebook": None, "n_components": planes.n_components})
+        if isinstance(planes, CanonicalPlanes):
+            return self.model_copy(update={"codebook": None, "n_components": planes.n_components})
+        if isinstance(planes, CombinedPlanes):
+            most = min(planes.planes_per_cluster, dim // 2)
+            planes = planes.model_copy(update={"planes_per_cluster": most})
+        return self.model_copy(update={"codebook": planes})
+
+    def alike(self, *, dim: int, rows: int) -> str:
+        """See Shaped; on disjoint planes two of the forms are one."""
+        built, planes = self.as_built(dim=dim, rows=rows), self.planes()
+        disjoint = not isinstance(planes, PrincipalPlanes) or planes.disjoint
+        if disjoint and self.transformer_type == "bivector_blend":
+            built = built.model_copy(update={"transformer_type": "composed"})
+        return built.model_dump_json()
 
     def planes(self) -> Codebook:
         """Return the codebook that is meant."""
@@ -117,6 +140,10 @@ class Canonical(Shaped):
             check_planes(self.planes().n_components, dim, "/student/n_components")
         else:
             self.codebook.check_width(dim, "/student/codebook")
+        self.check_heads(dim)
+
+    def check_heads(self, dim: int) -> None:
+        """Raise SpecInvalid where the heads do not divide the width."""
         if dim % self.heads:
             raise SpecInvalid(
                 f"student.heads {self.heads} does not divide the width {dim}",

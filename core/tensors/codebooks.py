@@ -72,6 +72,8 @@ class Codebook:
             "dim": self.dim,
             "method": self.method,
             "disjoint": self.disjoint,
+            # Of the planes it was made of: null is log(G^T W). An upload may not say.
+            **({"compat": self.facts["compat"]} if "compat" in self.facts else {}),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,17 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.routing import nearest
+from core.distill.routing import EqualRows, nearest
 from core.distill.teachers._base import TeacherModel
 from core.errors import SpecInvalid
 from core.specs.students import ROUTER_HIDDEN, ROUTER_RANK, Routing
 
 START_SHARPNESS = 10.0
 """Inverse temperature over the centroids that an untrained learnt router starts from."""
-SPARE = 8
-"""Neighbours looked at beyond top_k in training, for those that are excluded."""
-SAME = 1e-10
-"""Squared distance of two keys, over the squared length of one, below which they are the same."""
 
 
 class KeyRouter(nn.Module):
@@ -164,7 +161,9 @@ class ProjectedRouter(KeyRouter):
         vectors = torch.linalg.eigh(queries.T @ queries).eigenvectors.flip(1)  # descending
         projection = vectors[:, : min(rank, dim)]
         router.projection.copy_(projection)
-        router.keys.copy_(queries @ projection)
+        # Equal queries have equal keys, to the bit: in training they are left out together.
+        distinct, which = queries.unique(dim=0, return_inverse=True)
+        router.keys.copy_((distinct @ projection)[which])
         router.cluster_of.copy_(torch.from_numpy(teacher.model.cluster_of))
         return router
 
@@ -181,28 +180,26 @@ class ProjectedRouter(KeyRouter):
     ) -> tuple[Tensor, Tensor | None]:
         """Route as ever, but past the excluded rows and their duplicates, as the teacher does.
 
-        Not by the teacher's weights: what is trained behind this router should see its errors. A
-        query all of whose nearest keys are excluded keeps them. In float32 whatever the rest of
+        Not by the teacher's weights: what is trained behind this router should see its errors. In
+        float32 whatever the rest of
         the training narrows to: neighbours are found by what the router does when it is used.
         """
         del weights
         with torch.autocast(queries.device.type, enabled=False):
             asked = self.project(queries.float())
-            return self._past(asked, exclude).exp(), None
+            rows, similarity = nearest(
+                asked,
+                self.keys,
+                top_k=self.top_k,
+                exclude_rows=exclude,
+                equal_to=self._equal_to.to(exclude.device),
+            )
+            return self._merged(rows, similarity).exp(), None
 
-    def _past(self, asked: Tensor, exclude: Tensor) -> Tensor:
-        """[B, r] projected queries, [B, e] rows -> [B, C] log weights over the other keys."""
-        count = min(self.top_k + SPARE, len(self.keys))
-        rows, similarity = nearest(asked, self.keys, top_k=count)
-        found, same = self.keys[rows], torch.zeros_like(rows, dtype=torch.bool)  # [B, count, r]
-        for column in exclude.unbind(1):
-            key = self.keys[column.clamp(min=0)]
-            apart = (key[:, None] - found).square().sum(-1)
-            equal = apart <= SAME * key.square().sum(-1, keepdim=True)
-            same |= equal & (column >= 0)[:, None]
-        same &= ~same.all(1, keepdim=True)
-        similarity, kept = similarity.masked_fill(same, -torch.inf).topk(self.top_k, dim=1)
-        return self._merged(rows.gather(1, kept), similarity)
+    @cached_property
+    def _equal_to(self) -> Tensor:
+        """[n] int64: the first key equal to each, found where training asks for it."""
+        return torch.from_numpy(EqualRows.among(self.keys.cpu().numpy()).first)
 
 
 class LearntRouter(nn.Module):

@@ -31,15 +31,15 @@ def strang_product(x: Tensor, weights: Tensor, bases: Tensor, angles: Tensor) ->
         [B, d].
     """
     asked = any(tensor.requires_grad for tensor in (x, weights, bases, angles))
-    if torch.is_grad_enabled() and asked:
-        # Under autocast too in the planes' own dtype: rounding would add up over 2 C factors.
-        with torch.autocast(x.device.type, enabled=False):
-            x, weights = x.to(bases.dtype), weights.to(bases.dtype)
+    # Under autocast too in the planes' own dtype: rounding would add up over 2 C factors.
+    with torch.autocast(x.device.type, enabled=False):
+        x, weights = x.to(bases.dtype), weights.to(bases.dtype)
+        if torch.is_grad_enabled() and asked:
             result: Tensor = _Product.apply(x, weights, bases, angles)  # type: ignore[no-untyped-call]
-        return result
-    if (weights == 0).float().mean() > SPARSE:
-        return _run_sparse(x, weights, bases, angles)
-    return _run(x, *_turns(weights, angles), bases, None)
+            return result
+        if (weights == 0).float().mean() > SPARSE:
+            return _run_sparse(x, weights, bases, angles)
+        return _run(x, *_turns(weights, angles), bases, None)
 
 
 def _order(clusters: int) -> list[int]:

@@ -20,7 +20,7 @@ from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
 from core.rotations.codebook import build as build_codebook
 from core.rotations.codebook import canonical
-from core.specs.codebooks import CanonicalPlanes, PrincipalPlanes
+from core.specs.codebooks import MOST_PLANES, CanonicalPlanes, check_planes
 from core.specs.students import Canonical
 from core.tensors.codebooks import Codebook
 
@@ -137,19 +137,31 @@ class CanonicalStudent(StudentModule):
         return own + (plane_parameters(dim, m) if disjoint else 2 * m * (dim - 2))
 
     def __init__(
-        self, spec: Canonical, *, dim: int, method: str = "canonical", disjoint: bool = True
+        self,
+        spec: Canonical,
+        *,
+        dim: int,
+        planes: int | None = None,
+        method: str = "canonical",
+        disjoint: bool = True,
     ) -> None:
         """Build on zero planes, unless they are canonical.
 
         Args:
-            spec: what is asked; of its codebook the number of planes counts.
+            spec: what is asked, but for the planes where their number is given.
             dim: d.
-            method: of the codebook that ``planes`` are copied from.
-            disjoint: whether that one's planes are.
+            planes: of the codebook that ``planes`` are copied from; None: canonical ones.
+            method: of that codebook.
+            disjoint: whether its planes are.
+
+        Raises:
+            SpecInvalid: more planes than allowed, or heads that do not divide the width.
         """
         super().__init__()
-        spec.check_width(dim)
-        own, n_components = method == "canonical", spec.planes().n_components
+        spec.check_heads(dim)
+        own = planes is None
+        n_components = spec.planes().n_components if planes is None else planes
+        check_planes(n_components, dim, "/codebook", most=None if own else MOST_PLANES)
         self.config = {
             **spec.model_dump(mode="json", exclude={"codebook"}),
             "n_components": n_components,
@@ -227,16 +239,15 @@ def build_on(spec: Canonical, teacher: TeacherModel, codebook: Codebook) -> Cano
 
     Raises:
         DataInvalid: it is of another width.
-        SpecInvalid: the heads do not divide the width.
+        SpecInvalid: it has too many planes, or the heads do not divide the width.
     """
     dim, disjoint = teacher.model.queries.shape[1], codebook.disjoint
     if codebook.dim != dim:
         raise DataInvalid(f"codebook: {codebook.dim} dimensions, the model {dim}")
-    told = PrincipalPlanes(n_components=len(codebook.planes), disjoint=disjoint)
-    spec = spec.model_copy(update={"codebook": told, "n_components": None})
     # Uploaded axes may be any planes: whatever made them, they are kept beside the weights.
     method = "given" if codebook.method == "canonical" else codebook.method
-    student = CanonicalStudent(spec, dim=dim, method=method, disjoint=disjoint)
+    count = len(codebook.planes)
+    student = CanonicalStudent(spec, dim=dim, planes=count, method=method, disjoint=disjoint)
     student.planes.copy_(torch.from_numpy(codebook.planes))
     assert student.anchor is not None
     student.anchor.copy_(teacher.anchor)
@@ -262,13 +273,11 @@ def restore(config: Mapping[str, Any]) -> CanonicalStudent:
     method, disjoint = told.pop("method", "canonical"), told.pop("disjoint", True)
     try:
         if method == "canonical":
-            spec = Canonical(n_components=count, **told)
-        else:
-            planes = PrincipalPlanes(n_components=count, disjoint=disjoint)
-            spec = Canonical(codebook=planes, **told)
+            return CanonicalStudent(Canonical(n_components=count, **told), dim=dim)
+        spec = Canonical(**told)
     except ValidationError as error:
         raise DataInvalid(f"the student's config: {error}") from error
-    return CanonicalStudent(spec, dim=dim, method=method, disjoint=disjoint)
+    return CanonicalStudent(spec, dim=dim, planes=count, method=method, disjoint=disjoint)
 
 
 STUDENT = Student(spec=Canonical, build=build, restore=restore, build_on=build_on)

@@ -93,13 +93,26 @@ def test_a_made_query_finds_neither_of_its_parents(*, twice: bool) -> None:
     assert (weights - free).abs().max() > 0.01
 
 
-def test_a_query_whose_every_key_is_itself_keeps_them() -> None:
-    model = make_model()
-    same = replace(model, queries=np.repeat(model.queries[:1], len(model.queries), axis=0))
-    router = ProjectedRouter.of(RotationalTeacher(same, Rotational()), rank=DIM)
-    queries, own = torch.from_numpy(same.queries[:3]), torch.zeros(3, 1, dtype=torch.int64)
-    weights, _ = router.training_weights(queries, NONE, own)
-    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+@pytest.mark.parametrize("times", [9, 25])
+def test_however_often_a_query_stands_there_it_does_not_find_itself(times: int) -> None:
+    few = make_model()
+    model = replace(
+        few,
+        queries=np.tile(few.queries, (times, 1)),
+        targets=np.tile(few.targets, (times, 1)),
+        cluster_of=np.tile(few.cluster_of, times),
+    )
+    teacher = RotationalTeacher(model, Rotational())
+    router = ProjectedRouter.of(teacher, rank=DIM)
+    queries, own = torch.from_numpy(few.queries), torch.arange(len(few.queries))
+
+    weights, _ = router.training_weights(queries, NONE, own[:, None])
+
+    wanted = teacher.mixture(queries, exclude_rows=own).dense()
+    torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-5)
+    again = restore_router(router.config)
+    again.load_state_dict(router.state_dict())
+    assert torch.equal(again.training_weights(queries, NONE, own[:, None])[0], weights)
 
 
 def test_each_router_has_its_own_option_and_a_stored_spec_comes_back() -> None:

@@ -25,6 +25,7 @@ from core.tensors import shards
 from tests.core.distill._make import (
     make_data,
     make_model,
+    make_student,
     make_targets,
     make_teacher,
     make_training,
@@ -256,6 +257,15 @@ def test_bfloat16_narrows_the_products_alone(name: str, tmp_path: Path) -> None:
     assert state.best_cosine == pytest.approx(other.best_cosine, abs=0.02)
     again = in_pieces(start(name, narrow), make_data(narrow), [3], tmp_path / "s.safetensors")
     assert digest(again, tmp_path) == digest(state, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nlerp_geodesic", "rotor_product", "shared_subspace"])
+@pytest.mark.parametrize("router", ["exact", "projected"])
+def test_bfloat16_judges_what_is_not_trained_too(name: str, router: str) -> None:
+    narrow = make_training(epochs=1, precision="bfloat16")
+    state = TrainState.start(make_student(name, router=router), narrow, seed=0)
+    run_epochs(state, make_data(narrow), 0, 1, quiet)
+    assert state.history[0]["validation_cosine"] > 0.9
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,28 @@ def test_what_cannot_be_is_refused_at_the_door(other_world: World) -> None:
         with pytest.raises(SpecInvalid, match=match) as caught:
             world.submit(kind="build_codebook", model=model, **_named(spec))
         assert caught.value.pointer == pointer
+    job, _ = made(world, model=model, codebook={"method": "canonical", "n_components": 2})
+    axes = world.status(job).artifacts["codebook"]
+    job, _ = made(
+        world, model=model, codebook={"method": "pca", "n_components": 2}, compat="legacy"
+    )
+    legacy = world.status(job).artifacts["codebook"]
+    joined = {"method": "combined", "n_components": 4}
+    for given, match in (
+        ([axes], "number 1 is canonical"),
+        ([legacy], "number 1 is made of log W, this one would not be"),
+    ):
+        with pytest.raises(SpecInvalid, match=match) as caught:
+            world.submit(kind="build_codebook", model=model, codebook=joined, with_codebooks=given)
+        assert caught.value.pointer == "/with_codebooks/0"
+    with pytest.raises(SpecInvalid, match="number 2 has the content of one before it"):
+        world.submit(
+            kind="build_codebook",
+            model=model,
+            codebook=joined,
+            with_codebooks=[legacy, f"{job}/codebook"],
+            compat="legacy",
+        )
     with pytest.raises(ValidationError, match=r"with_codebooks beside codebook\.method 'pca'"):
         Spec(model=model, with_codebooks=(other,))
     with pytest.raises(ValidationError, match="the same one twice"):
@@ -190,6 +212,33 @@ def test_uploaded_axes_are_kept_as_they_are(other_world: World) -> None:
 
     again = world.student(trained)
     np.testing.assert_array_equal(again.get_buffer("planes").numpy(), axes)
+
+
+@pytest.mark.parametrize(("count", "allowed"), [(130, True), (5000, False)])
+def test_more_planes_than_the_width_has_may_overlap(
+    other_world: World, *, count: int, allowed: bool
+) -> None:
+    world, model = other_world, fitted(other_world)
+    rng = np.random.default_rng(0)
+    columns = np.linalg.qr(rng.normal(size=(count, 16, 2)))[0].transpose(0, 2, 1)
+    given = Codebook(columns.astype(np.float32), np.zeros(count, np.float32), "pca")
+    path = world.folder / "many.safetensors"
+    save_codebook(path, given)
+    asked = {
+        "kind": "distill",
+        "model": model,
+        "codebook": world.put(path, "codebook", given.meta()),
+        "student": {"name": "canonical", "heads": 2},
+        "training": {"epochs": 1},
+    }
+    if not allowed:
+        with pytest.raises(SpecInvalid, match="5000 planes; allowed: 1 to 4096") as caught:
+            world.submit(**asked)
+        assert caught.value.pointer == "/codebook"
+        return
+    trained = world.submit(**asked)
+    world.run()
+    assert world.student(trained).get_buffer("planes").shape == (130, 2, 16)
 
 
 def test_planes_the_clusters_do_not_have_fail_the_job_with_how_many_there_are(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from bench._jobs import Desk, Done, run_job
@@ -16,6 +17,7 @@ from core.artifacts.importers import sniff
 from core.artifacts.limits import Limits
 from core.distill import checking
 from core.distill.teachers._logs import bivector_block
+from core.distill.teachers.rotational import RotationalTeacher
 from core.errors import DataInvalid, SpecInvalid
 from core.kinds import cache_targets, export_cache, import_cache
 from core.kinds._base import Input, Produced
@@ -126,6 +128,28 @@ def test_fully_recomputed_blocks_are_the_services_own(world: World, tmp_path: Pa
     done = world.take(npz(file), rows_per_chunk=50, verify=1000)
 
     np.testing.assert_array_equal(targets_of(world, done), targets_of(world, world.cached))
+
+
+def test_what_was_recomputed_because_it_could_not_be_compared_is_counted(
+    world: World, tmp_path: Path
+) -> None:
+    file = arrays(world.files["targets_npz"], tmp_path)
+    sharp = {"name": "rotational", "temperature": 1e-6}
+
+    done = world.take(npz({"targets": sharp_targets(file["targets"])}), teacher=sharp, verify=4)
+
+    told = json.loads(done.outputs["checked"].path.read_text())
+    assert told["rows_recomputed"] == told["rows"] > 4
+
+
+def sharp_targets(targets: Any) -> Any:
+    """What the same teacher answers where the nearest neighbour alone decides."""
+    model = make_model()
+    teacher = RotationalTeacher(model, Rotational(temperature=1e-6))
+    own = torch.from_numpy(teacher.own_rows(model.queries))
+    found = teacher.targets(model.queries, exclude_rows=own).numpy()
+    assert found.shape == targets.shape
+    return found
 
 
 def test_bivectors_are_checked_and_the_cache_keeps_its_own(world: World, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from tests.core.kinds.world import CLUSTERING, TRAINING, World, tiny_pairs
 MODEL = "0" * 64
 ROTOR = {"name": "rotor_product", "router_hidden": 16}
 EXACT = {"name": "rotor_product", "router": "exact"}
+FORMS = ["composed", "bivector_blend"]
+COMBINED = {"method": "combined", "n_components": 4}
 CANONICAL = {"name": "canonical", "n_components": 4, "heads": 2}
 
 
@@ -107,12 +109,20 @@ def test_what_the_width_forbids_or_makes_the_same_is_refused() -> None:
         ({"name": "nlerp_geodesic"}, "router_rank", [16, 17]),
         ({"name": "rotor_product"}, "router_hidden", [None, 256]),
         ({"name": "geodesic_attention"}, "slots", [40_000, 50_000]),
-        ({"name": "canonical"}, "n_components", [8, 8.0]),
+        ({"name": "canonical", "n_components": 8}, "transformer_type", FORMS),
+        ({"name": "canonical", "codebook": COMBINED}, "transformer_type", FORMS),
     ):
         with pytest.raises(
             (SpecInvalid, ValidationError), match=r"the same student|more than once"
         ):
             planned(students=[student], grid={field: values})
+    overlapping = {"method": "pca", "n_components": 4, "disjoint": False}
+    assert planned(
+        students=[{"name": "canonical", "codebook": overlapping}], grid={"transformer_type": FORMS}
+    )
+    brought = [COMBINED | {"planes_per_cluster": count} for count in (8, 16)]
+    with pytest.raises(SpecInvalid, match="the same student"):
+        planned(students=[{"name": "canonical", "codebook": planes} for planes in brought])
     given, axes = {"name": "canonical"}, {"method": "canonical", "n_components": 8}
     with pytest.raises(SpecInvalid, match="the same student") as caught:
         planned(students=[given | {"n_components": 8}, given | {"codebook": axes}])

@@ -281,6 +281,31 @@ def test_combined_finds_what_clusters_that_agree_turn_in() -> None:
         made.build(CombinedPlanes(n_components=4), torch.zeros(3, 8, 8))
 
 
+def test_another_models_codebook_weighs_as_much_as_the_model() -> None:
+    """However little of the model its clusters' own planes explain: both ways about the same."""
+    one, other = mixed(3, 40, seed=1), mixed(3, 40, seed=2)
+    spec = CombinedPlanes(n_components=8, planes_per_cluster=4)
+
+    def joined(model: Tensor, beside: Tensor) -> Codebook:
+        turning = model.square().sum((1, 2))
+        own = made.clusters_own(model, spec.brought(len(model), 40))
+        return made.combine_clusters(own, turning, spec, others=[made.build(spec, beside)])
+
+    def explains(codebook: Codebook, model: Tensor) -> float:
+        angles = made.angles_of(model, codebook)
+        return float(2 * angles.square().sum() / model.square().sum())
+
+    for codebook in (joined(one, other), joined(other, one)):
+        of_one, of_other = explains(codebook, one), explains(codebook, other)
+        assert 0.5 < of_one / of_other < 2
+
+
+def test_many_clusters_bring_fewer_planes_each() -> None:
+    spec = CombinedPlanes(planes_per_cluster=16)
+    assert [spec.brought(clusters, 64) for clusters in (10, 256, 1000, 9000)] == [16, 16, 4, 1]
+    assert spec.brought(10, 8) == 4
+
+
 @make.quick
 @given(st.integers(2, 11), st.floats(-6, 6), st.integers(0, 10))
 def test_disjoint_rotations_are_the_exponential(width: int, size: float, seed: int) -> None:
