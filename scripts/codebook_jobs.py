@@ -64,7 +64,14 @@ def _run(plan: Plan, client: Stillroom) -> None:
         jobs["codebook"] = client.submit(spec)
     if plan.train:
         jobs |= _training(plan, client, model, shared)
-    ended = _follow(client, jobs)
+    try:
+        ended = _follow(client, jobs)
+    except KeyboardInterrupt as error:
+        left = ", ".join(f"{job['kind']} {job['id']}" for job in jobs.values())
+        raise click.ClickException(
+            f"interrupted; the service goes on with {left}. `still watch JOB` follows one, "
+            "`still cancel JOB` ends it"
+        ) from error
     _fetch(plan, client, ended)
 
 

@@ -65,6 +65,16 @@ def run(plan: Plan) -> None:
         train(plan, model)
 
 
+def interrupted(plan: Plan) -> str:
+    """Say what is left of a run that was interrupted, and how it goes on."""
+    kept, cache = plan.checkpoint(), plan.files.target_cache
+    if plan.train and kept is not None and kept.exists():
+        return f"interrupted; the same command with --resume goes on from {kept}"
+    if plan.train and cache is not None:
+        return f"interrupted; run again, it goes on with what is computed of {cache}"
+    return "interrupted"
+
+
 def load_model(plan: Plan) -> Federated:
     """Read the model or models, each through the sandbox that uploads pass."""
     found: list[Federated] = []
@@ -86,7 +96,10 @@ def load_model(plan: Plan) -> Federated:
 def imported(path: Path, needed: str) -> Iterator[Path]:
     """Check a file as an upload is checked; yield its canonical form as long as it lasts."""
     with packed(path) as file, tempfile.TemporaryDirectory(prefix="still-import-") as folder:
-        made = import_file(file, file_name=path.name, workdir=Path(folder))
+        try:
+            made = import_file(file, file_name=path.name, workdir=Path(folder))
+        except DataInvalid as error:
+            raise DataInvalid(f"{path}: {error.message}") from error
         if made.format != needed:
             raise DataInvalid(f"{path}: is of format {made.format!r}; needed {needed!r}")
         for note in made.notes:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
@@ -31,6 +31,8 @@ ALIASES = {"jax": "rotational_jax"}
 MEASURED = "auto"
 _STUDENT: TypeAdapter[Any] = TypeAdapter(Student)
 _CODEBOOK: TypeAdapter[Any] = TypeAdapter(Codebook)
+STUDENTS = {one.model_fields["name"].default: one for one in get_args(get_args(Student)[0])}
+"""Spec by name."""
 STUDENT_FIELDS = ("layers", "heads", "transformer_type", "bias")
 NAMES = {
     "learning_rate": "lr",

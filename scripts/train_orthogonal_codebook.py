@@ -15,8 +15,9 @@ import click
 from pydantic import ValidationError
 
 from client.errors import StillroomError as ClientError
-from core.errors import StillroomError
-from scripts.codebook_plan import TEACHERS, Plan, make_plan
+from core.errors import SpecInvalid, StillroomError
+from core.specs.training import Training
+from scripts.codebook_plan import STUDENTS, TEACHERS, Plan, make_plan
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -32,6 +33,15 @@ def options(*decorators: Decorator) -> Decorator:
         return function
 
     return apply
+
+
+def setting(flag: str, name: str, kind: click.ParamType[Any]) -> Decorator:
+    """An option of the training, which says what the training's own field does."""
+    field = Training.model_fields[name]
+    words = [field.description or f"{name.replace('_', ' ').capitalize()}."]
+    if field.default is not None:
+        words.append(f"[default: {field.default}]")
+    return click.option(flag, name, type=kind, help=" ".join(words))
 
 
 MODEL_OPTIONS = options(
@@ -92,7 +102,7 @@ TEACHER_OPTIONS = options(
     click.option("--device", help="cpu, cuda or cuda:N. Default: cpu, or any of a service's."),
 )
 STUDENT_OPTIONS = options(
-    click.option("--student", help="Any of the service's. [default: canonical]"),
+    click.option("--student", type=click.Choice(list(STUDENTS)), help="[default: canonical]"),
     click.option("--layers", type=click.IntRange(1), help="Of a student that has layers."),
     click.option("--heads", type=click.IntRange(1), help="Of a student that has heads."),
     click.option(
@@ -117,19 +127,21 @@ STUDENT_OPTIONS = options(
     click.option("--report", type=FOLDER, help="Write report.json, report.md and pictures here."),
 )
 TRAINING_OPTIONS = options(
-    click.option("--epochs", type=click.IntRange(1)),
-    click.option("--batch-size", type=click.IntRange(1)),
-    click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True)),
-    click.option("--weight-decay", type=click.FloatRange(0)),
-    click.option("--scheduler", type=click.Choice(["none", "cosine", "plateau", "step"])),
-    click.option("--warmup-steps", type=click.IntRange(0)),
-    click.option("--plateau-factor", type=click.FloatRange(0, 1, min_open=True, max_open=True)),
-    click.option("--plateau-patience", type=click.IntRange(1)),
-    click.option("--patience", type=click.IntRange(1), help="Epochs without gain before stopping."),
-    click.option("--min-delta", type=click.FloatRange(0)),
-    click.option("--augment", type=click.FloatRange(0, 1, max_open=True)),
-    click.option("--centroid-warmup", "centroid_warmup_epochs", type=click.IntRange(0)),
-    click.option("--centroid-replay", type=click.FloatRange(0, 1, max_open=True)),
+    setting("--epochs", "epochs", click.IntRange(1)),
+    setting("--batch-size", "batch_size", click.IntRange(1)),
+    setting("--lr", "learning_rate", click.FloatRange(0, min_open=True)),
+    setting("--weight-decay", "weight_decay", click.FloatRange(0)),
+    setting("--scheduler", "scheduler", click.Choice(["none", "cosine", "plateau", "step"])),
+    setting("--warmup-steps", "warmup_steps", click.IntRange(0)),
+    setting(
+        "--plateau-factor", "plateau_factor", click.FloatRange(0, 1, min_open=True, max_open=True)
+    ),
+    setting("--plateau-patience", "plateau_patience", click.IntRange(1)),
+    setting("--patience", "patience", click.IntRange(1)),
+    setting("--min-delta", "min_delta", click.FloatRange(0)),
+    setting("--augment", "augment", click.FloatRange(0, 1, max_open=True)),
+    setting("--centroid-warmup", "centroid_warmup_epochs", click.IntRange(0)),
+    setting("--centroid-replay", "centroid_replay", click.FloatRange(0, 1, max_open=True)),
     click.option(
         "--test-split",
         "validation_fraction",
@@ -162,9 +174,12 @@ def main(**given: Any) -> None:
     api_url, api_key = given.pop("api_url"), given.pop("api_key")
     try:
         plan = make_plan(**given)
-        _run(plan, api_url, api_key)
     except ValidationError as error:
         raise click.UsageError(_first(error)) from error
+    except SpecInvalid as error:
+        raise click.UsageError(error.message) from error
+    try:
+        _run(plan, api_url, api_key)
     except StillroomError as error:
         raise click.ClickException(error.message) from error
     except (ClientError, OSError) as error:
@@ -176,7 +191,10 @@ def _run(plan: Plan, api_url: str | None, api_key: str | None) -> None:
     if api_url is None:
         from scripts import codebook_local  # noqa: PLC0415
 
-        codebook_local.run(plan)
+        try:
+            codebook_local.run(plan)
+        except KeyboardInterrupt as error:
+            raise click.ClickException(codebook_local.interrupted(plan)) from error
     else:
         from scripts import codebook_jobs  # noqa: PLC0415
 
@@ -186,9 +204,17 @@ def _run(plan: Plan, api_url: str | None, api_key: str | None) -> None:
 def _first(error: ValidationError) -> str:
     """Name the first field that does not fit, its value and what is allowed."""
     found = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in found["loc"])
+    *within, field = [str(part) for part in found["loc"]] or [""]
+    said = {option.name: option.opts[0] for option in main.params}
+    where = said.get(field, f"--student-option {field}") if field else ""
     shown = "" if isinstance(found["input"], dict) else f" {found['input']!r}"
-    return f"{where}{shown}: {found['msg'].removeprefix('Value error, ')}"
+    why = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "extra_forbidden":
+        why = f"{within[0]} has no such field"
+        if within[0] in STUDENTS:
+            has = [name for name in STUDENTS[within[0]].model_fields if name != "name"]
+            why += f"; it has {', '.join(has)}"
+    return f"{where}{shown}: {why}" if where else why
 
 
 if __name__ == "__main__":

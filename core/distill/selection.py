@@ -98,6 +98,8 @@ class Selection:
     held_out: int
     groups: int
     """Clusters among the held-out rows."""
+    baseline_cosine: float
+    """Mean on the held-in rows that one global rotation has, fitted to them."""
     words: list[str]
     """Which to take and why, then what to know about it."""
 
@@ -145,6 +147,7 @@ def select(
         held_in=len(best_fit.held_in),
         held_out=len(best_fit.held_out),
         groups=len(np.unique(best_fit.groups)),
+        baseline_cosine=1 - baseline / 2,
         words=[],
     )
     untrained = [each.name for each in candidates if not each.trained]
@@ -247,6 +250,7 @@ def _words(found: Selection, untrained: Sequence[str]) -> list[str]:
         _taken(found),
         _criterion_words(found),
         *_edge_words(found),
+        *_baseline_words(found),
         *_close_words(found),
         *_error_words(found),
         *nothing,
@@ -331,6 +335,17 @@ def _edge_words(found: Selection) -> list[str]:
             f"Warning: {chosen.name} is no nearer to the teacher than one global rotation."
         )
     return words
+
+
+def _baseline_words(found: Selection) -> list[str]:
+    """Warn where one rotation, which needs no student, leaves next to nothing to choose by."""
+    if found.baseline_cosine < CLOSE:
+        return []
+    return [
+        f"Warning: one global rotation alone has a cosine of {found.baseline_cosine:.6f} to the "
+        "teacher on the training queries; what the students differ in is less than "
+        f"{1 - found.baseline_cosine:.1g}. `evaluate` says whether that finds anything more."
+    ]
 
 
 def _close_words(found: Selection) -> list[str]:

@@ -98,10 +98,10 @@ def _check_others(others: Sequence[Input], dim: int, compat: str | None) -> None
         made, odd = other.meta, ""
         if made["dim"] != dim:
             odd = f"has {made['dim']} dimensions, the model {dim}"
-        elif made["method"] == "canonical":
+        elif not made["explains"]:
             odd = (
-                "is canonical: it says of no plane what that explains; give one that was made "
-                "from a model"
+                "says of no plane that it explains anything, as canonical ones do not; give one "
+                "that was made from a model"
             )
         elif made.get("compat", compat) != compat:
             told = "log W" if compat is None else "log(G^T W)"

@@ -72,6 +72,7 @@ class Codebook:
             "dim": self.dim,
             "method": self.method,
             "disjoint": self.disjoint,
+            "explains": bool(self.explained.any()),
             # Of the planes it was made of: null is log(G^T W). An upload may not say.
             **({"compat": self.facts["compat"]} if "compat" in self.facts else {}),
         }

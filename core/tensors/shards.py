@@ -24,8 +24,11 @@ def save(path: Path, tensors: Mapping[str, Array], manifest: Mapping[str, Any]) 
     """Write tensors and manifest; equal arguments give equal bytes."""
     header = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     contiguous = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    path.touch()
+    mode = path.stat().st_mode  # the library's own file could be read by nobody else
     # One metadata key only: the library writes several in the order of a random hash.
     save_file(contiguous, str(path), metadata={"manifest": header})
+    path.chmod(mode)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ PAIRS = Path(__file__).with_name("embeddings.npz")
 READY_S = 120.0
 WANTED = {
     "distill": ("student_pt", "student_onnx"),
-    "evaluate": ("report", "report_md", "hits", "loss_curve"),
+    "evaluate": ("report", "report_md", "hits", "cosines", "loss_curve"),
 }
 HITS = ("1", "5", "10")
 HEADINGS = ("", "hit@1", "hit@5", "hit@10", "cosine to teacher", "queries/s")

@@ -23,6 +23,14 @@ from scripts.train_orthogonal_codebook import main
         ),
         ("--device tpu", "--device 'tpu'; allowed: cpu, cuda"),
         ("--device cuda:x", "--device 'cuda:x'"),
+        (
+            "--student rotor_product --layers 3",
+            "--layers 3: rotor_product has no such field",
+        ),
+        ("--student-option foo=3", "--student-option foo 3: canonical has no such field; it has"),
+        ("--lr nan", "--lr nan: Input should be a finite number"),
+        ("--teacher orthogonal --compat legacy", "--compat 'legacy': orthogonal has no such field"),
+        ("--student nope", "'nope' is not one of 'canonical', 'rotor_product'"),
         ("--teacher direct --bivector-cache b.npz", "--bivector-cache: needs a teacher or planes"),
     ],
 )
@@ -37,7 +45,7 @@ def test_what_says_nothing_is_refused(
 
     ended = CliRunner().invoke(main, given)
 
-    assert ended.exit_code == 1
+    assert ended.exit_code == 2
     assert told in ended.output
 
 

@@ -7,6 +7,7 @@ planes have a share. Disjoint planes commute, so that two of the three agree on 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from onnx import GraphProto, TensorProto, helper
@@ -74,9 +75,23 @@ class TurnGraph:
 
     def __init__(self, graph: Graph, planes: Tensor) -> None:
         self.graph, self.planes = graph, planes.detach()
-        first, second = self.planes.unbind(1)  # [m, d] each
-        self.first, self.second = graph.constant(first.T), graph.constant(second.T)
-        self.back = graph.constant(torch.cat([first, second]))
+
+    # Constants that a form does not use would stand in the file all the same.
+
+    @cached_property
+    def first(self) -> str:
+        """[d, m]: every plane's first vector."""
+        return self.graph.constant(self.planes[:, 0].T)
+
+    @cached_property
+    def second(self) -> str:
+        """[d, m]: every plane's second vector."""
+        return self.graph.constant(self.planes[:, 1].T)
+
+    @cached_property
+    def back(self) -> str:
+        """[2m, d]: all first vectors, then all second ones."""
+        return self.graph.constant(torch.cat([self.planes[:, 0], self.planes[:, 1]]))
 
     def turn(
         self, form: str, x: str, weights: str, angles: str, *, disjoint: bool, radius: float

@@ -96,12 +96,16 @@ class CanonicalLayer(nn.Module):
         return emit_keep_length(graph, turned, x)
 
     def _emit_weights(self, graph: Graph, x: str) -> str:
-        shape = graph.axes(0, self.heads, self.width)
-        asked = graph.op("Reshape", graph.linear(self.query, x), shape)
-        asked = graph.op("Transpose", asked, perm=[1, 0, 2])
-        keys = graph.constant(self._keys() * self.width**-0.5)
-        weights = graph.op("Softmax", graph.op("MatMul", asked, keys), axis=-1)
-        return graph.op("ReduceMean", weights, graph.axes(0), keepdims=0)
+        # A product per head: onnxruntime's batched one divides by zero where no query is asked.
+        asked = graph.linear(self.query, x)
+        sizes = graph.axes(*[self.width] * self.heads)
+        parts = graph.op("Split", asked, sizes, outputs=self.heads, axis=1)
+        weights = []
+        for head, keys in enumerate(self._keys() * self.width**-0.5):  # [d/H, planes] each
+            part = f"{parts}.{head}" if head else parts
+            scores = graph.op("MatMul", part, graph.constant(keys))
+            weights.append(graph.op("Softmax", scores, axis=-1))
+        return graph.op("Mul", graph.op("Sum", *weights), graph.constant(1 / self.heads))
 
     def _emit_angles(self, graph: Graph, weights: str) -> str:
         constant = torch.zeros(self.planes) if self.angles is None else self.angles.detach().cpu()

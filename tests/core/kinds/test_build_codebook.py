@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_at_the_door(other_world: World) -> None:
     legacy = world.status(job).artifacts["codebook"]
     joined = {"method": "combined", "n_components": 4}
     for given, match in (
-        ([axes], "number 1 is canonical"),
+        ([axes], "number 1 says of no plane that it explains anything"),
         ([legacy], "number 1 is made of log W, this one would not be"),
     ):
         with pytest.raises(SpecInvalid, match=match) as caught:
