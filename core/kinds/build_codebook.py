@@ -98,7 +98,7 @@ def _check_others(others: Sequence[Input], dim: int, compat: str | None) -> None
         made, odd = other.meta, ""
         if made["dim"] != dim:
             odd = f"has {made['dim']} dimensions, the model {dim}"
-        elif not made["explains"]:
+        elif not made.get("explains", True):
             odd = (
                 "says of no plane that it explains anything, as canonical ones do not; give one "
                 "that was made from a model"

@@ -112,12 +112,11 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
 def _check_fits(
     name: str, counted: str, found: Mapping[str, Any], needed: Mapping[str, Any], spec: Spec
 ) -> None:
-    whose = "model, its training queries" if spec.pairs is None else "pairs"
+    whose = "the model has (one per training query)" if spec.pairs is None else "the pairs have"
     for fact in (counted, "dim"):
         if found[fact] != needed[fact]:
             raise SpecInvalid(
-                f"{name}: {found[fact]} {fact}; needed {needed[fact]}, those of the "
-                f"{'model' if counted == 'clusters' else whose}",
+                f"{name}: {found[fact]} {fact}; needed {needed[fact]}, as {whose}",
                 pointer=f"/{name}",
             )
     if spec.teacher.dtype == "float64" and found["dtype"] != "float64":

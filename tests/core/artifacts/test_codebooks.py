@@ -72,7 +72,8 @@ def test_an_uploaded_npz_becomes_a_codebook(sandboxed: Reader, tmp_path: Path) -
     back = load_codebook(found.path)
     np.testing.assert_array_equal(back.planes, some_planes())
     assert found.meta == back.meta()
-    assert found.meta == {"n_components": 3, "dim": 8, "method": "pca", "disjoint": True}
+    told = {"n_components": 3, "dim": 8, "method": "pca", "disjoint": True, "explains": True}
+    assert found.meta == told
     assert back.facts == {"source": "imported"}
 
 

@@ -266,7 +266,12 @@ def test_what_cannot_fit_is_refused_before_it_runs(world: World) -> None:
     ours = Input(B, "targets_cache", {"rows": 128, "dim": 12, "dtype": "float32"})
     exact = import_cache.Spec(model=A, targets=B, teacher=Rotational(dtype="float64"))
     table: list[tuple[Any, dict[str, Input], str, str]] = [
-        (import_cache.Spec(model=A, targets=B), {"targets": short}, "/targets", "3 rows, where 12"),
+        (
+            import_cache.Spec(model=A, targets=B),
+            {"targets": short},
+            "/targets",
+            "3 rows; needed 12",
+        ),
         (import_cache.Spec(model=A, bivectors=B), {"bivectors": wide}, "/bivectors", "13 dim"),
         (exact, {"targets": ours}, "/targets", "float32 for a teacher of float64"),
     ]
