@@ -35,10 +35,10 @@ from core.distill import fitting
 from core.distill.curriculum import training_data
 from core.distill.graph import Graph
 from core.distill.splits import Split
-from core.distill.students._base import Routed, StudentModule
-from core.distill.students._sphere import keep_length, step_along, unit
+from core.distill.students._base import Routed, Shown, StudentModule
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
+from core.rotations.sphere import keep_length, step_along, unit
 from core.specs.clusterings import KMeans
 from core.specs.students import (
     Canonical,
@@ -91,6 +91,8 @@ LEGACY: Mapping[str, Student | None] = {
 class PlainMLP(StudentModule):
     """``exp_{q G}(MLP(q))``, two hidden layers: what a student without any structure reaches."""
 
+    takes_weights = takes_anchored = has_router = False
+
     def __init__(self, teacher: RotationalTeacher, *, seed: int) -> None:
         super().__init__()
         dim = teacher.model.queries.shape[1]
@@ -113,10 +115,9 @@ class PlainMLP(StudentModule):
         hidden = functional.gelu(second(functional.gelu(first(queries * queries.shape[1] ** 0.5))))
         return keep_length(step_along(unit(queries @ self.anchor), last(hidden)), queries)
 
-    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
+    def routed(self, shown: Shown) -> Routed:
         """Map training queries; it has no router."""
-        del weights, exclude
-        return Routed(self(queries))
+        return Routed(self(shown.queries))
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Never exported: it stands here to be compared with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,11 +11,24 @@ from torch.nn import functional
 
 from core.distill.curriculum import MADE_ROWS, Examples, TrainingData
 from core.distill.schedules import BatchPlan
-from core.distill.students._base import StudentModule
+from core.distill.students._base import Shown, StudentModule
+from core.rotations.sphere import keep_length
 from core.specs.training import Training
 
 SEEDS = 2**62
 """Blocks of made queries are drawn from seeds below this."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a batch must hold beside queries and answers."""
+
+    weights: bool = False
+    """The teacher's weights over the clusters."""
+    anchored: bool = False
+    """The queries by the teacher's anchor."""
+    candidates: bool = False
+    """Targets to retrieve among, one per real row."""
 
 
 def batch_plan(data: TrainingData, training: Training) -> BatchPlan:
@@ -33,7 +47,7 @@ def epoch_batches(
     plan: BatchPlan,
     generator: torch.Generator,
     *,
-    weights: bool,
+    wanted: Wanted,
     first: int,
     on_block: Callable[[], None],
 ) -> Iterator[list[Examples]]:
@@ -46,7 +60,7 @@ def epoch_batches(
         data: what is shown.
         plan: from ``batch_plan``.
         generator: on the CPU, as it stood when the epoch began.
-        weights: whether the teacher's weights are wanted.
+        wanted: what else is read of them.
         first: batches that were shown before.
         on_block: called before the teacher answers a block of made queries.
     """
@@ -61,7 +75,7 @@ def epoch_batches(
     made: Examples | None = None
     for step in range(first, plan.steps):
         rows = order[step * plan.real : (step + 1) * plan.real]
-        batch = [real_rows(data, rows, weights=weights)]
+        batch = [real_rows(data, rows, wanted)]
         if plan.made:
             if made is None or step % span == 0:
                 block = step // span
@@ -83,58 +97,72 @@ def centroid_batches(
         yield [take(data.centroids, rows)]
 
 
-def validation_batches(data: TrainingData, size: int, *, weights: bool) -> Iterator[Examples]:
+def validation_batches(data: TrainingData, size: int, wanted: Wanted) -> Iterator[Examples]:
     """Yield the validation rows in batches of ``size``, in order."""
     for rows in data.validation.split(size):
-        yield real_rows(data, rows, weights=weights)
+        yield real_rows(data, rows, wanted)
 
 
 def take(examples: Examples, rows: Tensor) -> Examples:
     """Return some of the examples, in the order of ``rows``."""
     return Examples(
-        queries=examples.queries[rows],
-        teacher=examples.teacher[rows],
+        queries=examples.queries.index_select(0, rows),
+        teacher=examples.teacher.index_select(0, rows),
         mixture=None if examples.mixture is None else examples.mixture.rows(rows),
-        candidates=examples.candidates[rows],
-        exclude=examples.exclude[rows],
+        candidates=_rows(examples.candidates, rows),
+        exclude=examples.exclude.index_select(0, rows),
+        anchored=_rows(examples.anchored, rows),
     )
 
 
-def dense_weights(batch: list[Examples], *, weights: bool) -> Tensor:
-    """Return the teacher's weights of a batch's parts: [B, C] float32; [B, 0] where not wanted."""
-    if not weights:
-        return batch[0].queries.new_zeros(sum(map(len, batch)), 0)
-    mixtures = [part.mixture for part in batch if part.mixture is not None]
-    return torch.cat([mixture.dense() for mixture in mixtures])
+def shown(batch: list[Examples], wanted: Wanted) -> Shown:
+    """Return what a student is shown of a batch's parts, one after another."""
+    queries = joined([part.queries for part in batch])
+    anchored = weights = queries.new_zeros(len(queries), 0)
+    if wanted.anchored:
+        anchored = joined([part.anchored for part in batch if part.anchored is not None])
+    if wanted.weights:
+        weights = joined([part.mixture.dense() for part in batch if part.mixture is not None])
+    return Shown(queries, anchored, weights, exclude=_excluded_rows(batch))
 
 
-def excluded_rows(batch: list[Examples]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def left_out_answers(student: StudentModule, data: TrainingData, rows: Tensor) -> Tensor:
+    """Map some rows of ``data.real``, none routed through itself: [R, d]."""
+    wanted = Wanted(weights=student.takes_weights, anchored=student.takes_anchored)
+    with torch.no_grad():
+        asked = shown([real_rows(data, rows, wanted)], wanted)
+        return keep_length(student.routed(asked).vectors, asked.queries)
+
+
+def real_rows(data: TrainingData, rows: Tensor, wanted: Wanted) -> Examples:
+    """Return some rows of ``data.real``, with what else is wanted."""
+    return Examples(
+        queries=data.real.queries.index_select(0, rows),
+        teacher=data.real.teacher.index_select(0, rows),
+        mixture=data.mixture.rows(rows) if wanted.weights else None,
+        candidates=_rows(data.real.candidates if wanted.candidates else None, rows),
+        exclude=data.real.exclude.index_select(0, rows),
+        anchored=_rows(data.anchored if wanted.anchored else None, rows),
+    )
+
+
+def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values.index_select(0, rows)
+
+
+def _excluded_rows(batch: list[Examples]) -> Tensor:
     """Return what the parts of a batch may not find: [B, e] int64, -1 for none."""
     widest = max(part.exclude.shape[1] for part in batch)
     parts = [
         functional.pad(part.exclude, (0, widest - part.exclude.shape[1]), value=-1)
         for part in batch
     ]
-    return torch.cat(parts)
-
-
-def left_out_answers(student: StudentModule, data: TrainingData, rows: Tensor) -> Tensor:
-    """Map some rows of ``data.real``, none routed through itself: [R, d]."""
-    some = [real_rows(data, rows, weights=student.takes_weights)]
-    weights = dense_weights(some, weights=student.takes_weights)
-    with torch.no_grad():
-        return student.routed(some[0].queries, weights, excluded_rows(some)).vectors
-
-
-def real_rows(data: TrainingData, rows: Tensor, *, weights: bool) -> Examples:
-    """Return some rows of ``data.real``, with the teacher's weights where they are wanted."""
-    return Examples(
-        queries=data.real.queries[rows],
-        teacher=data.real.teacher[rows],
-        mixture=data.mixture.rows(rows) if weights else None,
-        candidates=data.real.candidates[rows],
-        exclude=data.real.exclude[rows],
-    )
+    return joined(parts)
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -37,10 +37,12 @@ class Examples:
     """[R, d] float32 targets."""
     mixture: Mixture | None
     """The teacher's weights; None where nobody asked for them."""
-    candidates: Tensor
-    """[R, d] float32: true targets to retrieve among (a made query has its first parent's)."""
+    candidates: Tensor | None
+    """[R, d] float32: true targets to retrieve among; None where nobody asked for them."""
     exclude: Tensor
     """[R, e] int64: rows of the training queries that the teacher excluded; -1 for none."""
+    anchored: Tensor | None
+    """[R, d] float32, the queries by the teacher's anchor; None where nobody asked for them."""
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -70,6 +72,11 @@ class TrainingData:
         """The teacher's weights of ``real``, float32."""
         found = self.teacher.mixture(self.real.queries, exclude_rows=self.same)
         return Mixture(found.offsets, found.clusters, found.weights.float(), found.cluster_count)
+
+    @cached_property
+    def anchored(self) -> Tensor:
+        """[n, d] float32, q G of ``real``: one product for all epochs, not one in every step."""
+        return self.real.queries @ self.teacher.anchor.float()
 
     @cached_property
     def neighbours(self) -> Tensor:
@@ -105,7 +112,14 @@ class TrainingData:
         own = torch.from_numpy(self.teacher.own_rows(queries.cpu().numpy())).to(device)
         mixture = self.teacher.mixture(queries, exclude_rows=own)
         vectors = self.teacher.targets(queries, exclude_rows=own).float()
-        return Examples(queries, vectors, concatenate([mixture]), vectors, own[:, None])
+        return Examples(
+            queries,
+            teacher=vectors,
+            mixture=concatenate([mixture]),
+            candidates=vectors,
+            exclude=own[:, None],
+            anchored=queries @ self.teacher.anchor.float(),
+        )
 
     def made(
         self, count: int, generator: torch.Generator, on_block: Callable[[], None]
@@ -123,7 +137,6 @@ class TrainingData:
         parents = self._parents(count, generator)
         device = self.real.queries.device
         queries = self._between(parents, generator).to(device)
-        first = parents[:, 0].to(device)
         exclude = self.same[parents.to(device)]
         vectors, mixtures = [], []
         for start in range(0, count, MADE_ROWS):
@@ -136,8 +149,9 @@ class TrainingData:
             queries=queries,
             teacher=torch.cat(vectors),
             mixture=concatenate(mixtures),
-            candidates=self.real.candidates[first],
+            candidates=None,
             exclude=exclude,
+            anchored=queries @ self.teacher.anchor.float(),
         )
 
     def _parents(self, count: int, generator: torch.Generator) -> Tensor:
@@ -198,6 +212,7 @@ def training_data(
         mixture=None,
         candidates=torch.from_numpy(model.targets).to(device),
         exclude=same[:, None],
+        anchored=None,
     )
     return TrainingData(
         teacher=teacher,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.distill.batches import dense_weights, excluded_rows
+from core.distill.batches import Wanted, joined, shown
 from core.distill.curriculum import Examples
 from core.distill.losses._base import Batch, losses, total_loss
 from core.distill.state import TrainState, trainable
@@ -15,8 +15,8 @@ from core.errors import SpecInvalid
 class Stepper:
     """Steps of one state, with what does not change between them found once."""
 
-    wants_weights: bool
-    """Whether its batches must hold the teacher's weights."""
+    wanted: Wanted
+    """What its batches must hold."""
 
     def __init__(self, state: TrainState) -> None:
         """Prepare; ``state`` is changed in place by ``step``."""
@@ -25,8 +25,13 @@ class Stepper:
         self._learning = [value.detach() for value in learning.values()]
         self._averages = [state.ema[name] for name in learning]
         self._losses = state.training.losses.model_dump()
-        compared = any(self._losses[name] and loss.needs_router for name, loss in losses().items())
-        self.wants_weights = state.student.takes_weights or (state.student.has_router and compared)
+        weighed = [loss for name, loss in losses().items() if self._losses[name]]
+        compared = any(loss.needs_router for loss in weighed)
+        self.wanted = Wanted(
+            weights=state.student.takes_weights or (state.student.has_router and compared),
+            anchored=state.student.takes_anchored,
+            candidates=any(loss.needs_candidates for loss in weighed),
+        )
 
     def step(self, batch: list[Examples], rate: float) -> None:
         """Take one optimizer step at a learning rate; add the loss and its terms to the sums."""
@@ -55,18 +60,17 @@ class Stepper:
         Raises:
             SpecInvalid: every term that weighs something needs a router the student does not have.
         """
-        weights = dense_weights(batch, weights=self.wants_weights)
-        queries = torch.cat([part.queries for part in batch])
+        asked = shown(batch, self.wanted)
         narrow = self.state.training.precision == "bfloat16"
-        with torch.autocast(queries.device.type, torch.bfloat16, enabled=narrow):
-            routed = self.state.student.routed(queries, weights, excluded_rows(batch))
+        with torch.autocast(asked.queries.device.type, torch.bfloat16, enabled=narrow):
+            routed = self.state.student.routed(asked)
         log_weights = routed.log_weights
         seen = Batch(
             student=routed.vectors.float(),
-            teacher=torch.cat([part.teacher for part in batch]),
+            teacher=joined([part.teacher for part in batch]),
             candidates=batch[0].candidates,
             log_weights=None if log_weights is None else log_weights.float(),
-            weights=weights if self.wants_weights else None,
+            weights=asked.weights if self.wanted.weights else None,
         )
         loss, terms = total_loss(seen, self._losses)
         if not terms:

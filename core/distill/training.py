@@ -172,7 +172,7 @@ def _batches(
         data,
         plan,
         generator,
-        weights=stepper.wants_weights,
+        wanted=stepper.wanted,
         first=state.within,
         on_block=on_block,
     )
@@ -226,7 +226,7 @@ def _judge_untrainable(stepper: Stepper, data: TrainingData) -> None:
     means: dict[str, float] = {}
     size = state.training.batch_size
     with torch.no_grad():
-        for part in validation_batches(data, size, weights=stepper.wants_weights):
+        for part in validation_batches(data, size, stepper.wanted):
             loss, terms = stepper.loss([part])
             for name, value in {"loss": loss, **terms}.items():
                 share = float(value) * len(part) / len(data.validation)

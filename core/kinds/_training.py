@@ -73,9 +73,9 @@ def train_chunks(spec: TrainingSpec, inputs: Mapping[str, Input]) -> int:
 def needed_bytes(model: Mapping[str, Any]) -> int:
     """Return what training over a model takes.
 
-    The teacher; queries and targets with their mixtures and a batch's work.
+    The teacher; queries, also by its anchor, and targets with mixtures and a batch's work.
     """
-    return teacher_bytes(model) + 6 * float_bytes(model["rows"], model["dim"])
+    return teacher_bytes(model) + 7 * float_bytes(model["rows"], model["dim"])
 
 
 def targets_stage(spec: TrainingSpec, inputs: Mapping[str, Input]) -> Stage:

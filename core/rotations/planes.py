@@ -6,6 +6,8 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import eigh
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from core.rotations.skew import split_planes
@@ -59,15 +61,26 @@ def leading_planes(bivectors: Tensor, planes: int) -> PlaneFactors:
         bivectors: [C, d, d] skew.
         planes: m, at most d // 2.
     """
+    # scipy's threads go on spinning after each of its calls, in torch's way: hers first.
+    spans = [_leading_span(bivector, 2 * planes) for bivector in bivectors]
     bases, angles = [], []
-    for bivector in bivectors.double():
-        span = torch.linalg.eigh(bivector.T @ bivector).eigenvectors[:, -2 * planes :]  # [d, 2m]
-        inside = span.T @ bivector @ span
+    for bivector, span in zip(bivectors, spans, strict=True):
+        inside = span.T @ bivector.double() @ span
         found = plane_factors(((inside - inside.T) / 2)[None])
         bases.append(span @ found.bases[0])
         angles.append(found.angles[0])
     dtype = bivectors.dtype
     return PlaneFactors(torch.stack(bases).to(dtype), torch.stack(angles).to(dtype))
+
+
+def _leading_span(bivector: Tensor, count: int) -> Tensor:
+    """[d, d] skew -> [d, count] float64: the leading eigenvectors of L^T L, and no others."""
+    d = len(bivector)
+    if not count:
+        return bivector.new_zeros(d, 0, dtype=torch.float64)
+    lower = dsyrk(1.0, bivector.double().cpu().numpy(), trans=1, lower=1)
+    _, vectors = eigh(lower, subset_by_index=(d - count, d - 1))
+    return torch.from_numpy(vectors).to(bivector.device)
 
 
 def rotate_in_planes(queries: Tensor, bases: Tensor, angles: Tensor) -> Tensor:
@@ -109,6 +122,7 @@ def _factor(L: Tensor, floor: float | None = None) -> tuple[Tensor, Tensor]:
     for start, stop in itertools.pairwise(bounds):
         group = vectors[:, start:stop]
         inside = group.mT @ L @ group
+        inside = (inside - inside.mT) / 2  # Rounding must not part what is a pair.
         far_below = start > 0 and stop == k
         mix, sizes = _factor(inside, floor) if far_below else split_planes(inside)
         bases.append((group @ mix)[:, : 2 * len(sizes)])

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from core.registry import scan
+from core.rotations.sphere import squared_angles
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,8 @@ class Batch:
     """[B, d] the student's vectors."""
     teacher: Tensor
     """[B, d] the teacher's, constant."""
-    candidates: Tensor
-    """[M, d] targets to retrieve among, constant."""
+    candidates: Tensor | None = None
+    """[M, d] targets to retrieve among, constant; None where no term asked for them."""
     log_weights: Tensor | None = None
     """[B, C] log of the student's router, or none."""
     weights: Tensor | None = None
@@ -30,17 +29,19 @@ class Batch:
 
     @cached_property
     def angles(self) -> Tensor:
-        """``squared_angles``, which several terms look at."""
-        return squared_angles(self)
+        """[B] squared angles between student and teacher, which several terms look at."""
+        return squared_angles(self.student, self.teacher)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A plugin: a term, and whether it needs a learnt router."""
+    """A plugin: a term, and what it needs beside the vectors."""
 
     compute: Callable[[Batch], Tensor]
     """-> a scalar."""
     needs_router: bool = False
+    """A learnt one; without it the term is left out."""
+    needs_candidates: bool = False
 
 
 def losses() -> Mapping[str, Loss]:
@@ -64,18 +65,3 @@ def total_loss(batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict
         total = total + weights[name] * term
         values[name] = term.detach()
     return total, values
-
-
-def squared_angles(batch: Batch) -> Tensor:
-    """Squared angle between student and teacher: [B], rad^2; zero if and only if parallel.
-
-    2 atan2(|x - y|, |x + y|) of unit vectors (Kahan 2006, section 12) is exact at both ends. acos
-    of a clamped cosine loses half the digits near 0 and has no gradient where it is clamped.
-    """
-    x = functional.normalize(batch.student, dim=-1)
-    y = functional.normalize(batch.teacher, dim=-1)
-    apart = (x - y).square().sum(-1)
-    # The square of a root: its own derivative at 0 is finite, the root's is not.
-    smallest = torch.finfo(x.dtype).tiny
-    half = torch.atan2(apart.clamp(min=smallest).sqrt(), (x + y).norm(dim=-1))
-    return (2 * half).square()

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.distill.losses._base import Batch, Loss
+from core.rotations.sphere import unit
 
 TEMPERATURE = 0.05
 """Of the cosines."""
@@ -13,6 +14,8 @@ TEMPERATURE = 0.05
 
 def retrieval_kl(batch: Batch) -> Tensor:
     """KL(teacher || student) over the candidates, in nats, averaged; zero if and only if equal."""
+    if batch.candidates is None:
+        raise ValueError("retrieval_kl needs candidates")
     student = _log_probabilities(batch.student, batch.candidates)
     teacher = _log_probabilities(batch.teacher, batch.candidates)
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -20,8 +23,8 @@ def retrieval_kl(batch: Batch) -> Tensor:
 
 def _log_probabilities(vectors: Tensor, candidates: Tensor) -> Tensor:
     """[B, M] log softmax of the cosines over the temperature."""
-    cosines = functional.normalize(vectors, dim=-1) @ functional.normalize(candidates, dim=-1).T
+    cosines = unit(vectors) @ unit(candidates).T
     return functional.log_softmax(cosines / TEMPERATURE, dim=-1)
 
 
-LOSS = Loss(compute=retrieval_kl)
+LOSS = Loss(compute=retrieval_kl, needs_candidates=True)

@@ -23,11 +23,29 @@ from core.tensors.codebooks import Codebook
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What a student is shown of a batch while it is trained."""
+
+    queries: Tensor
+    """[B, d]."""
+    anchored: Tensor
+    """[B, d] q G by the teacher's anchor, which no training changes; [B, 0] where the student does
+    not read it."""
+    weights: Tensor
+    """[B, C], the teacher's; a student that routes over training queries takes them as its own,
+    for here a query must not find itself. [B, 0] where neither the student nor a term of the loss
+    reads them."""
+    exclude: Tensor
+    """[B, e] int64, rows of the model's training queries that a query may not find, nor their
+    duplicates: what the teacher excluded; -1 for none."""
+
+
+@dataclass(frozen=True)
 class Routed:
     """What a student says about a batch while it is trained."""
 
     vectors: Tensor
-    """[B, d]."""
+    """[B, d] of any length: training looks at directions alone, and ``forward`` keeps lengths."""
     log_weights: Tensor | None = None
     """[B, C] log of its own weights over the clusters; None where it has no learnt router."""
 
@@ -39,6 +57,8 @@ class StudentModule(nn.Module, ABC):
     """JSON values; with the state dict enough to build the module again."""
     takes_weights: bool = True
     """Whether ``routed`` reads the teacher's weights."""
+    takes_anchored: bool = True
+    """Whether ``routed`` starts from q G."""
     has_router: bool = True
     """Whether ``routed`` returns weights of its own, to be compared with the teacher's."""
 
@@ -47,17 +67,8 @@ class StudentModule(nn.Module, ABC):
         """Map [B, d] queries to [B, d]."""
 
     @abstractmethod
-    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
-        """Map training queries, differentiably.
-
-        Args:
-            queries: [B, d].
-            weights: [B, C], the teacher's; a student that routes over training queries takes
-                them as its own, for here a query must not find itself. [B, 0] where neither
-                the student nor a term of the loss reads them.
-            exclude: [B, e] int64, rows of the model's training queries that a query may not find,
-                nor their duplicates: what the teacher excluded; -1 for none.
-        """
+    def routed(self, shown: Shown) -> Routed:
+        """Map training queries, differentiably."""
 
     @abstractmethod
     def emit(self, graph: Graph, queries: str) -> str:

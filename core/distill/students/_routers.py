@@ -12,8 +12,10 @@ from torch.nn import functional
 
 from core.distill.graph import Graph
 from core.distill.routing import EqualRows, nearest
+from core.distill.students._base import Shown
 from core.distill.teachers._base import TeacherModel
 from core.errors import SpecInvalid
+from core.rotations.sphere import typical_length
 from core.specs.students import ROUTER_HIDDEN, ROUTER_RANK, Routing
 
 START_SHARPNESS = 10.0
@@ -110,12 +112,9 @@ class ExactRouter(KeyRouter):
         router.cluster_of.copy_(torch.from_numpy(teacher.model.cluster_of))
         return router
 
-    def training_weights(
-        self, queries: Tensor, weights: Tensor, exclude: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def training_weights(self, shown: Shown) -> tuple[Tensor, Tensor | None]:
         """Take the teacher's weights: a training query must not find itself."""
-        del queries, exclude
-        return weights, None
+        return shown.weights, None
 
 
 class ProjectedRouter(KeyRouter):
@@ -175,24 +174,21 @@ class ProjectedRouter(KeyRouter):
         """Add ``project`` to an ONNX graph."""
         return graph.op("MatMul", queries, graph.constant(self.projection))
 
-    def training_weights(
-        self, queries: Tensor, weights: Tensor, exclude: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def training_weights(self, shown: Shown) -> tuple[Tensor, Tensor | None]:
         """Route as ever, but past the excluded rows and their duplicates, as the teacher does.
 
         Not by the teacher's weights: what is trained behind this router should see its errors. In
         float32 whatever the rest of
         the training narrows to: neighbours are found by what the router does when it is used.
         """
-        del weights
-        with torch.autocast(queries.device.type, enabled=False):
-            asked = self.project(queries.float())
+        with torch.autocast(shown.queries.device.type, enabled=False):
+            asked = self.project(shown.queries.float())
             rows, similarity = nearest(
                 asked,
                 self.keys,
                 top_k=self.top_k,
-                exclude_rows=exclude,
-                equal_to=self._equal_to.to(exclude.device),
+                exclude_rows=shown.exclude,
+                equal_to=self._equal_to.to(shown.exclude.device),
             )
             return self._merged(rows, similarity).exp(), None
 
@@ -232,8 +228,7 @@ class LearntRouter(nn.Module):
             units = functional.normalize(torch.from_numpy(teacher.model.centroids), dim=1)
             router.straight.weight.copy_(START_SHARPNESS * units)
             router.straight.bias.zero_()
-            squares = torch.from_numpy(teacher.model.queries).double().square().sum(1)
-            router.length.copy_(squares.mean().sqrt())
+            router.length.copy_(typical_length(torch.from_numpy(teacher.model.queries)))
             # Scaled queries have length 1: entries of size 1 give hidden units inputs of size 1.
             router.up.weight.copy_(torch.randn(hidden, dim, generator=generator))
             router.up.bias.zero_()
@@ -247,12 +242,9 @@ class LearntRouter(nn.Module):
         logits = self.straight(scaled) + self.down(hidden)
         return functional.log_softmax(logits, dim=-1)
 
-    def training_weights(
-        self, queries: Tensor, weights: Tensor, exclude: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def training_weights(self, shown: Shown) -> tuple[Tensor, Tensor | None]:
         """Route as ever; the log weights are there to be taught."""
-        del weights, exclude
-        log_weights = self.log_weights(queries)
+        log_weights = self.log_weights(shown.queries)
         return log_weights.exp(), log_weights
 
     def emit(self, graph: Graph, queries: str) -> str:

@@ -1,50 +1,11 @@
-"""Lengths kept, and steps along the sphere, whose exponential map keeps them itself."""
+"""Lengths kept, and steps along the sphere, as nodes of an ONNX graph."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from core.distill.graph import Graph
-
-SMALLEST = 1e-12
-"""Squared length of a step below which it is taken for this: sin(t) / t is 1 there to float32."""
-
-
-def step_along(units: Tensor, steps: Tensor) -> Tensor:
-    """Walk from each unit vector along the part of its step that is tangent to it.
-
-    exp_u(t) = cos(|t|) u + sin(|t|) t / |t|, t = s - (s u) u. A step of 0 stays; so does its
-    gradient finite. From a zero row the step itself is the tangent: give the length back after.
-
-    Args:
-        units: [B, d], length 1 (or 0).
-        steps: [B, d], radians.
-
-    Returns:
-        [B, d], length 1 where ``units`` has it.
-    """
-    tangent = steps - (steps * units).sum(-1, keepdim=True) * units
-    length = tangent.square().sum(-1, keepdim=True).clamp(min=SMALLEST).sqrt()
-    moved: Tensor = length.cos() * units + (length.sin() / length) * tangent
-    return moved
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Scale rows to length 1; zero rows stay zero."""
-    tiny = torch.finfo(vectors.dtype).tiny
-    scaled: Tensor = vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=tiny)
-    return scaled
-
-
-def keep_length(vectors: Tensor, like: Tensor) -> Tensor:
-    """Scale rows to the lengths of ``like``: takes away what rounding added over many factors.
-
-    Entries from 1e-15 to 1e15, all that stored embeddings have: squares of others leave float32.
-    """
-    own = vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
-    kept: Tensor = vectors * (like.norm(dim=-1, keepdim=True) / own)
-    return kept
+from core.rotations.sphere import SMALLEST
 
 
 def emit_step(graph: Graph, units: str, steps: str) -> str:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, plane_parameters
-from core.distill.students._sphere import emit_keep_length, keep_length
+from core.distill.students._base import Routed, Shown, Student, StudentModule, plane_parameters
+from core.distill.students._sphere import emit_keep_length
 from core.distill.students._turns import TurnGraph, turn, turn_angles
 from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid
 from core.rotations.codebook import build as build_codebook
 from core.rotations.codebook import canonical
+from core.rotations.sphere import keep_length
 from core.specs.codebooks import MOST_PLANES, CanonicalPlanes, check_planes
 from core.specs.students import Canonical
 from core.tensors.codebooks import Codebook
@@ -184,22 +185,26 @@ class CanonicalStudent(StudentModule):
         # Canonical planes are not kept: they follow from the config.
         self.register_buffer("planes", torch.tensor(axes, dtype=torch.float32), persistent=not own)
         self.register_buffer("anchor", None if own else torch.eye(dim))
+        self.takes_anchored = not own
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
-        return torch.cat([self._map(part) for part in queries.split(BLOCK_ROWS)])
+        return torch.cat([self._map(part, self._start(part)) for part in queries.split(BLOCK_ROWS)])
 
-    def _map(self, queries: Tensor) -> Tensor:
-        x = queries if self.anchor is None else queries @ self.anchor
+    def _start(self, queries: Tensor) -> Tensor:
+        return queries if self.anchor is None else queries @ self.anchor
+
+    def _map(self, queries: Tensor, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x, self.planes)
         x = keep_length(x, queries)
         return x if self.scale is None else x * functional.softplus(self.scale)
 
-    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
+    def routed(self, shown: Shown) -> Routed:
         """Map training queries; there is no router over clusters: it finds nothing."""
-        del weights, exclude
-        return Routed(self(queries))
+        return Routed(
+            self._map(shown.queries, shown.anchored if self.takes_anchored else shown.queries)
+        )
 
     def gentle(self) -> list[nn.Parameter]:
         """The scale: no angle between vectors pulls at it, so decay alone would move it."""

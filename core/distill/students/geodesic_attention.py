@@ -10,17 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule
-from core.distill.students._sphere import (
-    emit_keep_length,
-    emit_step,
-    emit_unit,
-    keep_length,
-    step_along,
-    unit,
-)
+from core.distill.students._base import Routed, Shown, Student, StudentModule
+from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
+from core.rotations.sphere import keep_length, step_along, typical_length, unit
 from core.specs.students import GeodesicAttention
 
 SHARPNESS = 20.0
@@ -65,21 +59,21 @@ class GeodesicAttentionStudent(StudentModule):
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
-        return torch.cat([self._map(part).vectors for part in queries.split(BLOCK_ROWS)])
+        parts = [self._map(part, part @ self.anchor).vectors for part in queries.split(BLOCK_ROWS)]
+        return keep_length(torch.cat(parts), queries)
 
-    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
+    def routed(self, shown: Shown) -> Routed:
         """Map training queries; its own attention is the router."""
-        del weights, exclude
-        return self._map(queries)
+        return self._map(shown.queries, shown.anchored)
 
-    def _map(self, queries: Tensor) -> Routed:
-        scaled = queries / self.length
-        attention = (scaled @ self.keys.T).softmax(-1)  # [B, S]
+    def _map(self, queries: Tensor, x: Tensor) -> Routed:
+        # Queries over their typical length, divided where the rows are narrower.
+        attention = (queries @ self.keys.T / self.length).softmax(-1)  # [B, S]
         own = attention @ self.values.softmax(-1)  # [B, C]
-        step = self.down(self.up(scaled) * (own @ self.mix))
-        vectors = step_along(unit(queries @ self.anchor), step)
+        step = self.down(self.up(queries) / self.length * (own @ self.mix))
+        vectors = step_along(unit(x), step)
         smallest = torch.finfo(own.dtype).tiny
-        return Routed(keep_length(vectors, queries), own.clamp(min=smallest).log())
+        return Routed(vectors, own.clamp(min=smallest).log())
 
     def gentle(self) -> list[nn.Parameter]:
         """What goes into the step: its entries are a few hundredths."""
@@ -105,13 +99,13 @@ def build(spec: GeodesicAttention, teacher: TeacherModel, seed: int) -> Geodesic
     student = GeodesicAttentionStudent(
         dim=dim, clusters=clusters, slots=spec.slots, hidden=spec.hidden
     )
-    queries = torch.from_numpy(teacher.model.queries).double()
+    queries = torch.from_numpy(teacher.model.queries)
     cluster_of = torch.from_numpy(teacher.model.cluster_of)
     picked = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     picked = picked[: len(student.keys)]
     with torch.no_grad():
         student.anchor.copy_(teacher.anchor)
-        student.length.copy_(queries.square().sum(1).mean().sqrt())
+        student.length.copy_(typical_length(queries))
         student.keys.copy_(SHARPNESS / student.length * queries[picked])
         student.values.copy_(OWN * functional.one_hot(cluster_of[picked], clusters))
         numbers = torch.arange(spec.hidden)

@@ -10,18 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, plane_parameters
+from core.distill.students._base import Routed, Shown, Student, StudentModule, plane_parameters
 from core.distill.students._routers import Router, build_router, restore_router
-from core.distill.students._sphere import (
-    emit_keep_length,
-    emit_step,
-    emit_unit,
-    keep_length,
-    step_along,
-    unit,
-)
+from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
+from core.rotations.sphere import keep_length, step_along, typical_length, unit
 from core.specs.students import NlerpGeodesic
 
 CANCELLED = 1e-4
@@ -75,37 +69,35 @@ class NlerpGeodesicStudent(StudentModule):
         rows = max(1, BLOCK_ENTRIES // (clusters * width))
         back = turned(self.bases, self.angles)
         parts = [
-            self._map(part, self.router.log_weights(part).exp(), back)
+            self._map(part, part @ self.anchor, self.router.log_weights(part).exp(), back)
             for part in queries.split(rows)
         ]
-        return torch.cat(parts)
+        return keep_length(torch.cat(parts), queries)
 
     def free_parameters(self) -> int:
         """Count router and step, and per cluster its planes and angles, the teacher's own."""
         clusters, columns, dim = self.bases.shape
         return super().free_parameters() + clusters * plane_parameters(dim, columns // 2)
 
-    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
+    def routed(self, shown: Shown) -> Routed:
         """Map training queries, routed as their router does in training."""
-        weights, log_weights = self.router.training_weights(queries, weights, exclude)
+        weights, log_weights = self.router.training_weights(shown)
         back = turned(self.bases, self.angles)
-        return Routed(self._map(queries, weights, back), log_weights)
+        return Routed(self._map(shown.queries, shown.anchored, weights, back), log_weights)
 
     def gentle(self) -> list[nn.Parameter]:
         """All of the step's: it corrects by a few hundredths of a radian over d dimensions."""
         step = (self.up, self.down)
         return [value for layer in step if layer is not None for value in layer.parameters()]
 
-    def _map(self, queries: Tensor, weights: Tensor, back: Tensor) -> Tensor:
-        x = queries @ self.anchor
+    def _map(self, queries: Tensor, x: Tensor, weights: Tensor, back: Tensor) -> Tensor:
         sparse = not weights.requires_grad and bool((weights == 0).float().mean() > SPARSE)
         total = (_sum_sparse if sparse else _sum)(x, weights, self.bases, back)
-        kept = total.norm(dim=-1, keepdim=True) > CANCELLED * queries.norm(dim=-1, keepdim=True)
-        units = unit(torch.where(kept, total, x))
-        if self.up is not None and self.down is not None:
-            hidden = functional.gelu(self.up(queries / self.length))
-            units = step_along(units, self.down(hidden))
-        return keep_length(units, queries)
+        total = _unless_cancelled(total, x)
+        if self.up is None or self.down is None:
+            return total
+        hidden = functional.gelu(self.up(queries / self.length))
+        return step_along(unit(total), self.down(hidden))
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Add ``forward`` to an ONNX graph: the two products, whatever the router."""
@@ -140,15 +132,19 @@ def turned(bases: Tensor, angles: Tensor) -> Tensor:
     """
     first, second = bases.chunk(2, dim=1)
     versine, sine = -2 * (angles / 2).sin().square()[..., None], angles.sin()[..., None]
-    return torch.cat([first * versine + second * sine, second * versine - first * sine], dim=1)
+    added = bases * versine.repeat(1, 2, 1)
+    of_first, of_second = added.chunk(2, dim=1)
+    of_first.addcmul_(second, sine)
+    of_second.addcmul_(first, sine, value=-1)
+    return added
 
 
 def _sum(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
     """Sum over all clusters: [B, d]; two products, and the weights between them."""
     dim = x.shape[1]
     coordinates = (x @ bases.reshape(-1, dim).T).unflatten(1, bases.shape[:2])  # [B, C, 2m]
-    moved: Tensor = (coordinates * weights[:, :, None]).flatten(1) @ back.reshape(-1, dim)
-    return x + moved
+    weighed = (coordinates * weights[:, :, None]).flatten(1)
+    return torch.addmm(x, weighed, back.reshape(-1, dim))
 
 
 def _sum_sparse(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tensor:
@@ -158,8 +154,16 @@ def _sum_sparse(x: Tensor, weights: Tensor, bases: Tensor, back: Tensor) -> Tens
         rows = column.nonzero().flatten()
         if len(rows):
             part = (x[rows] @ bases[c].T) * column[rows, None]
-            total.index_add_(0, rows, part @ back[c])
+            total.index_add_(0, rows, (part @ back[c]).to(total.dtype))
     return total
+
+
+def _unless_cancelled(total: Tensor, x: Tensor) -> Tensor:
+    """Take x where the clusters' answers cancel; x is as long as its query."""
+    with torch.no_grad():
+        kept = total.norm(dim=-1, keepdim=True) > CANCELLED * x.norm(dim=-1, keepdim=True)
+    # To look first would wait for a GPU; on a CPU it spares three passes, and nothing else.
+    return total if kept.is_cpu and bool(kept.all()) else torch.where(kept, total, x)
 
 
 def build(spec: NlerpGeodesic, teacher: TeacherModel, seed: int) -> NlerpGeodesicStudent:
@@ -174,13 +178,12 @@ def build(spec: NlerpGeodesic, teacher: TeacherModel, seed: int) -> NlerpGeodesi
         correction_hidden=spec.correction_hidden,
     )
     factors = leading_planes(teacher.bivectors.cpu(), planes)
-    queries = torch.from_numpy(teacher.model.queries).double()
     with torch.no_grad():
         halves = [factors.bases[..., 0::2], factors.bases[..., 1::2]]
         student.bases.copy_(torch.cat(halves, dim=-1).mT)
         student.angles.copy_(factors.angles)
         student.anchor.copy_(teacher.anchor)
-        student.length.copy_(queries.square().sum(1).mean().sqrt())
+        student.length.copy_(typical_length(torch.from_numpy(teacher.model.queries)))
         if student.up is not None and student.down is not None:
             # Scaled queries have length 1: entries of size 1 give hidden units inputs of size 1.
             student.up.weight.normal_()

@@ -11,12 +11,13 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule, plane_parameters
+from core.distill.students._base import Routed, Shown, Student, StudentModule, plane_parameters
 from core.distill.students._routers import Router, build_router, restore_router
-from core.distill.students._sphere import emit_keep_length, keep_length
+from core.distill.students._sphere import emit_keep_length
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
+from core.rotations.sphere import keep_length
 from core.specs.students import RotorProduct
 
 BLOCK_ROWS = 2048
@@ -65,15 +66,15 @@ class RotorProductStudent(StudentModule):
         Every factor is a rotation, so what the lengths are off here is rounding.
         """
         parts = [
-            self._rotate(part, self.router.log_weights(part).exp())
+            self._rotate(part @ self.anchor, self.router.log_weights(part).exp())
             for part in queries.split(BLOCK_ROWS)
         ]
         return torch.cat(parts)
 
-    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
+    def routed(self, shown: Shown) -> Routed:
         """Map training queries, routed as their router does in training."""
-        weights, log_weights = self.router.training_weights(queries, weights, exclude)
-        return Routed(keep_length(self._rotate(queries, weights), queries), log_weights)
+        weights, log_weights = self.router.training_weights(shown)
+        return Routed(self._rotate(shown.anchored, weights), log_weights)
 
     def retract(self) -> None:
         """Make the planes' columns orthonormal again, by the QR of their Gram matrix's root."""
@@ -91,8 +92,8 @@ class RotorProductStudent(StudentModule):
         router = sum(value.numel() for value in self.router.parameters())
         return router + clusters * plane_parameters(dim, columns // 2)
 
-    def _rotate(self, queries: Tensor, weights: Tensor) -> Tensor:
-        return strang_product(queries @ self.anchor, weights, self.bases, self.angles)
+    def _rotate(self, x: Tensor, weights: Tensor) -> Tensor:
+        return strang_product(x, weights, self.bases, self.angles)
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Add ``forward`` to an ONNX graph: one Scan over the clusters each way."""

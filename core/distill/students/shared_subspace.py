@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Student, StudentModule
+from core.distill.students._base import Routed, Shown, Student, StudentModule
 from core.distill.students._routers import Router, build_router, restore_router
-from core.distill.students._sphere import emit_keep_length, keep_length
+from core.distill.students._sphere import emit_keep_length
 from core.distill.teachers._base import TeacherModel
 from core.rotations.chebyshev import RADIUS_STEP, series
+from core.rotations.sphere import keep_length
 from core.specs.students import SharedSubspace
 
 TOLERANCE = 1e-7
@@ -59,7 +60,7 @@ class SharedSubspaceStudent(StudentModule):
         rows = max(1, BLOCK_ENTRIES // self.basis.shape[1] ** 2)
         bivectors = self.bivectors()
         parts = [
-            self._rotate(part, self.router.log_weights(part).exp(), bivectors)
+            self._rotate(part @ self.anchor, self.router.log_weights(part).exp(), bivectors)
             for part in queries.split(rows)
         ]
         return torch.cat(parts)
@@ -72,11 +73,10 @@ class SharedSubspaceStudent(StudentModule):
         rank = self.basis.shape[1]
         return super().free_parameters() - rank * rank
 
-    def routed(self, queries: Tensor, weights: Tensor, exclude: Tensor) -> Routed:
+    def routed(self, shown: Shown) -> Routed:
         """Map training queries, routed as their router does in training."""
-        weights, log_weights = self.router.training_weights(queries, weights, exclude)
-        turned = self._rotate(queries, weights, self.bivectors())
-        return Routed(keep_length(turned, queries), log_weights)
+        weights, log_weights = self.router.training_weights(shown)
+        return Routed(self._rotate(shown.anchored, weights, self.bivectors()), log_weights)
 
     def retract(self) -> None:
         """Make U's columns orthonormal again: Q of U = Q R with positive diagonal."""
@@ -96,8 +96,7 @@ class SharedSubspaceStudent(StudentModule):
         half[:, row, column] = self.upper
         return half - half.mT
 
-    def _rotate(self, queries: Tensor, weights: Tensor, bivectors: Tensor) -> Tensor:
-        x = queries @ self.anchor
+    def _rotate(self, x: Tensor, weights: Tensor, bivectors: Tensor) -> Tensor:
         z = x @ self.basis  # [B, r]
         r = z.shape[1]
         blend = (weights @ bivectors.flatten(1)).view(-1, r, r)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.distill import fitting
 from core.distill.curriculum import TrainingData, training_data
-from core.distill.students._base import StudentModule, build_student
+from core.distill.students._base import Shown, StudentModule, build_student
 from core.distill.teachers._base import TeacherModel, teachers
 from core.distill.teachers.rotational import RotationalTeacher
 from core.specs.clusterings import KMeans
@@ -138,6 +138,14 @@ def make_student(name: str, *, seed: int = 0, **changes: object) -> StudentModul
 
 NOTHING = torch.full((50, 1), -1)
 """What ``some_queries`` exclude: they are no training queries."""
+
+
+def shown(queries: Tensor, weights: Tensor, exclude: Tensor | None = None) -> Shown:
+    """Return what a student of ``make_teacher`` is shown of a batch."""
+    anchored = queries @ make_teacher().anchor.float()
+    return Shown(
+        queries, anchored, weights, NOTHING[: len(queries)] if exclude is None else exclude
+    )
 
 
 def some_queries(count: int = 50) -> Tensor:

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from core.distill.evaluation import NLERP, baselines
-from core.distill.students._sphere import step_along
 from core.distill.students.geodesic_attention import GeodesicAttentionStudent
 from core.distill.students.nlerp_geodesic import NlerpGeodesicStudent
 from core.distill.students.shared_subspace import SharedSubspaceStudent, radius_step
 from core.rotations.chebyshev import RADIUS_STEP
+from core.rotations.sphere import squared_angles, step_along
 from tests.core.distill._make import (
     CLUSTERS,
     DIM,
-    NOTHING,
     make_student,
     make_teacher,
+    shown,
     some_queries,
 )
 
@@ -54,7 +54,7 @@ def test_the_two_dense_products_are_the_sparse_sum() -> None:
         sparse = student(queries)
     weights = make_teacher().mixture(queries).dense().requires_grad_()
     torch.testing.assert_close(
-        student.routed(queries, weights, NOTHING).vectors, sparse, rtol=0, atol=1e-6
+        student.routed(shown(queries, weights)).vectors, sparse, rtol=0, atol=1e-6
     )
 
 
@@ -63,10 +63,10 @@ def test_where_the_answers_cancel_the_anchors_answer_is_taken() -> None:
     half = torch.full((len(queries), CLUSTERS), 1 / CLUSTERS)
     with torch.no_grad():  # half of the clusters turn every plane by pi, half by nothing
         student.angles.copy_(torch.pi * (torch.arange(CLUSTERS) % 2)[:, None].expand(-1, DIM // 2))
-    found = student.routed(queries, half, NOTHING).vectors
+    found = student.routed(shown(queries, half)).vectors
     torch.testing.assert_close(found, queries @ make_teacher().anchor, rtol=0, atol=1e-6)
     lopsided = half + torch.tensor([0.1, -0.1] * (CLUSTERS // 2))
-    assert not torch.isnan(student.routed(queries, lopsided, NOTHING).vectors).any()
+    assert not torch.isnan(student.routed(shown(queries, lopsided)).vectors).any()
 
 
 def test_a_step_is_the_exponential_map() -> None:
@@ -107,9 +107,9 @@ def test_a_zero_query_stays_zero_and_poisons_no_gradient(name: str) -> None:
     student.retract()
     queries = some_queries(4)
     queries[1] = 0
-    vectors = student.routed(queries, random_weights(4), NOTHING[:4]).vectors
-    assert torch.equal(vectors[1], torch.zeros(DIM))
-    vectors.square().sum().backward()
+    assert torch.equal(student(queries)[1], torch.zeros(DIM))
+    vectors = student.routed(shown(queries, random_weights(4))).vectors
+    squared_angles(vectors, some_queries(4).flip(1)).sum().backward()
     for key, parameter in student.named_parameters():
         assert parameter.grad is not None, key
         assert torch.isfinite(parameter.grad).all(), key
@@ -136,7 +136,7 @@ def test_shared_subspace_is_the_exponential_of_the_blend() -> None:
     student.retract()
     queries, weights = some_queries(), random_weights()
     with torch.no_grad():
-        found = student._rotate(queries, weights, student.bivectors())
+        found = student._rotate(queries @ student.anchor, weights, student.bivectors())
         basis = student.basis.double()
         full = basis @ student.bivectors().double() @ basis.T
     blend = torch.einsum("bc,cij->bij", weights.double(), full)
@@ -180,7 +180,7 @@ def test_attention_weighs_the_clusters_convexly_and_has_no_more_slots_than_queri
     student = make_student("geodesic_attention", slots=10_000)
     assert isinstance(student, GeodesicAttentionStudent)
     assert len(student.keys) == len(make_teacher().model.queries)
-    log_weights = student.routed(some_queries(), random_weights(), NOTHING).log_weights
+    log_weights = student.routed(shown(some_queries(), random_weights())).log_weights
     assert log_weights is not None
     torch.testing.assert_close(log_weights.exp().sum(1), torch.ones(50))
 

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from core.distill.losses._base import Batch, Loss, losses, squared_angles, total_loss
+from core.distill.losses._base import Batch, Loss, losses, total_loss
 from core.distill.losses.cvar import cvar
+from core.distill.losses.retrieval_kl import retrieval_kl
 
 every_loss = pytest.mark.parametrize("loss", losses().values(), ids=losses().keys())
 
@@ -48,19 +47,9 @@ def test_a_term_is_positive_elsewhere_and_gradients_are_finite(loss: Loss) -> No
         assert leaf.grad.isfinite().all()
 
 
-def test_angles_are_exact_at_both_ends() -> None:
-    turns = torch.tensor([0.0, 1e-6, 1e-3, 1.0, math.pi - 1e-3, math.pi], dtype=torch.float64)
-    student = torch.stack([turns.cos(), turns.sin()], dim=1)
-    teacher = torch.tensor([[2.0, 0.0]], dtype=torch.float64).expand(6, 2)
-
-    found = squared_angles(Batch(student, teacher, teacher))
-
-    torch.testing.assert_close(found.sqrt(), turns, rtol=1e-7, atol=1e-12)
-
-
 def test_cvar_looks_at_the_worst_twentieth() -> None:
     batch = make_batch(equal=False)
-    angles = squared_angles(batch).sort(descending=True).values
+    angles = batch.angles.sort(descending=True).values
     torch.testing.assert_close(cvar(batch), angles[:2].mean())
 
 
@@ -75,3 +64,9 @@ def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
     assert total.item() == pytest.approx(sum(weights[name] * float(terms[name]) for name in terms))
     assert set(fewer) == {"geodesic", "retrieval_kl"}
     assert without.item() == pytest.approx(total.item() - 3 * float(terms["router_kl"]), rel=1e-5)
+
+
+def test_a_term_says_what_it_lacks() -> None:
+    batch = make_batch(equal=False)
+    with pytest.raises(ValueError, match="needs candidates"):
+        retrieval_kl(Batch(batch.student, batch.teacher))

@@ -19,6 +19,7 @@ from tests.core.distill._make import (
     make_model,
     make_student,
     make_teacher,
+    shown,
     some_queries,
 )
 
@@ -68,7 +69,7 @@ def test_in_training_a_query_does_not_find_itself_nor_its_duplicates(*, twice: b
     queries = torch.from_numpy(model.queries)
     own = torch.from_numpy(teacher.own_rows(model.queries))
 
-    weights, taught = router.training_weights(queries, NONE, own[:, None])
+    weights, taught = router.training_weights(shown(queries, NONE, own[:, None]))
 
     wanted = teacher.mixture(queries, exclude_rows=own).dense()
     torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-5)
@@ -84,11 +85,11 @@ def test_a_made_query_finds_neither_of_its_parents(*, twice: bool) -> None:
     queries = torch.from_numpy(model.queries[:9] + model.queries[1:10])
     parents = torch.stack([torch.arange(9), torch.arange(1, 10)], dim=1)
 
-    weights, _ = router.training_weights(queries, NONE, parents)
+    weights, _ = router.training_weights(shown(queries, NONE, parents))
 
     wanted = teacher.mixture(queries, exclude_rows=parents).dense()
     torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-5)
-    free, _ = router.training_weights(queries, NONE, torch.full_like(parents, -1))
+    free, _ = router.training_weights(shown(queries, NONE, torch.full_like(parents, -1)))
     torch.testing.assert_close(free, router.log_weights(queries).exp(), rtol=0, atol=1e-6)
     assert (weights - free).abs().max() > 0.01
 
@@ -106,13 +107,13 @@ def test_however_often_a_query_stands_there_it_does_not_find_itself(times: int) 
     router = ProjectedRouter.of(teacher, rank=DIM)
     queries, own = torch.from_numpy(few.queries), torch.arange(len(few.queries))
 
-    weights, _ = router.training_weights(queries, NONE, own[:, None])
+    weights, _ = router.training_weights(shown(queries, NONE, own[:, None]))
 
     wanted = teacher.mixture(queries, exclude_rows=own).dense()
     torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-5)
     again = restore_router(router.config)
     again.load_state_dict(router.state_dict())
-    assert torch.equal(again.training_weights(queries, NONE, own[:, None])[0], weights)
+    assert torch.equal(again.training_weights(shown(queries, NONE, own[:, None]))[0], weights)
 
 
 def test_each_router_has_its_own_option_and_a_stored_spec_comes_back() -> None:
@@ -144,10 +145,10 @@ def test_a_training_query_does_not_find_itself_whatever_training_narrows_to() ->
     router = ProjectedRouter.of(make_teacher(), rank=DIM)
     queries = torch.from_numpy(make_model().queries)
     own = torch.arange(len(queries))[:, None]
-    wanted, _ = router.training_weights(queries, NONE, own)
+    wanted, _ = router.training_weights(shown(queries, NONE, own))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrowed, _ = router.training_weights(queries, NONE, own)
+        narrowed, _ = router.training_weights(shown(queries, NONE, own))
 
     torch.testing.assert_close(narrowed, wanted, rtol=0, atol=1e-6)
     assert (wanted - router.log_weights(queries).exp()).abs().max() > 0.05

@@ -7,24 +7,29 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from core.distill.batches import left_out_answers
 from core.distill.students._base import build_student, restore_student, students
 from core.distill.students._strang import strang_product
 from core.distill.students.rotor_product import RotorProductStudent, orthonormal
 from core.distill.teachers.rotational import RotationalTeacher
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.planes import rotate_in_planes
+from core.specs.codebooks import PrincipalPlanes
 from core.specs.students import ROUTER_HIDDEN, RotorProduct
 from core.specs.teachers import Rotational
 from tests.core.distill._make import (
     CLUSTERS,
     DIM,
-    NOTHING,
     SMALL_STUDENTS,
+    make_data,
     make_student,
     make_teacher,
+    make_training,
+    shown,
     some_queries,
 )
 
+PCA = PrincipalPlanes(n_components=4)
 every_student = pytest.mark.parametrize("name", students())
 
 
@@ -142,12 +147,28 @@ def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
         for parameter in student.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.01)
     weights = torch.full((50, CLUSTERS), 1 / CLUSTERS)
-    routed = student.routed(some_queries(), weights, NOTHING)
+    routed = student.routed(shown(some_queries(), weights))
     routed.vectors[:, 0].sum().backward()
     for key, parameter in student.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, key
             assert parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*((name, {}) for name in students()), ("canonical", {"codebook": PCA, "n_components": None})],
+)
+def test_what_is_trained_is_what_is_used(name: str, changes: dict[str, object]) -> None:
+    """The rows that a batch brings along start where ``forward`` starts by itself."""
+    student, data = make_student(name, **changes), make_data(make_training())
+    rows = data.validation
+    torch.testing.assert_close(
+        left_out_answers(student, data, rows),
+        student(data.real.queries[rows]).detach(),
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 def test_an_unknown_or_broken_student_is_refused() -> None:

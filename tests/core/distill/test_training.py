@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.distill import training as loop
-from core.distill.batches import left_out_answers, validation_batches
+from core.distill.batches import Wanted, left_out_answers, validation_batches
 from core.distill.curriculum import jitter, slerp, training_data
-from core.distill.losses._base import Batch, squared_angles
 from core.distill.students._base import students
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, learning_rate, run_epochs
 from core.errors import Cancelled, DataInvalid, SpecInvalid
+from core.rotations.sphere import squared_angles
 from core.specs.teachers import Rotational
 from core.specs.training import Training
 from core.tensors import shards
@@ -163,7 +163,7 @@ def test_nothing_to_train_is_said_and_judged_in_batches() -> None:
     training = make_training(batch_size=5, losses={"cvar": 0})
     student = make_student("rotor_product", router="exact", train_planes=False)
     state, data = TrainState.start(student, training, seed=0), make_data(training)
-    sizes = [len(part) for part in validation_batches(data, 5, weights=False)]
+    sizes = [len(part) for part in validation_batches(data, 5, Wanted())]
     assert max(sizes) == 5
     assert sum(sizes) == len(data.validation)
 
@@ -171,7 +171,7 @@ def test_nothing_to_train_is_said_and_judged_in_batches() -> None:
 
     rows = data.validation
     vectors = left_out_answers(student, data, rows)
-    angles = squared_angles(Batch(vectors, data.real.teacher[rows], vectors))
+    angles = squared_angles(vectors, data.real.teacher[rows])
     assert state.history[0]["geodesic"] == pytest.approx(float(angles.mean()))
     assert "Nothing of this student is trained" in loop.remarks(student)[0]
     assert loop.remarks(make_student("rotor_product")) == []

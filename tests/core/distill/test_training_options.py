@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from core.distill.batches import batch_plan, centroid_batches, epoch_batches
+from core.distill.batches import Wanted, batch_plan, centroid_batches, epoch_batches
 from core.distill.curriculum import Examples, TrainingData, teacher_answers, training_data
 from core.distill.schedules import BatchPlan
 from core.distill.state import TrainState, trainable
@@ -136,7 +136,9 @@ def same(one: list[Examples], other: list[Examples]) -> bool:
 
 def epoch_from(data: TrainingData, plan: BatchPlan, first: int) -> list[list[Examples]]:
     generator = torch.Generator().manual_seed(5)
-    found = epoch_batches(data, plan, generator, weights=True, first=first, on_block=lambda: None)
+    found = epoch_batches(
+        data, plan, generator, wanted=Wanted(weights=True), first=first, on_block=lambda: None
+    )
     return list(found)
 
 

@@ -4,16 +4,18 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
+from hypothesis import strategies as st
 from scipy.linalg import expm
 
-from core.rotations.planes import plane_factors, rotate_in_planes
+from core.rotations.planes import leading_planes, plane_factors, rotate_in_planes
 from core.rotations.skew import from_planes, split_planes
 from tests.core.rotations import _make as make
 
 
 @make.quick
 @given(make.angle_lists())
+@example((4, [0.125, 2.0**-52]))  # just above what is taken for rounding
 def test_planes_put_the_bivector_together_again(case: tuple[int, list[float]]) -> None:
     width, angles = case
     L = make.bivector(width, angles)[None]
@@ -98,3 +100,18 @@ def test_null_directions_are_paired_last() -> None:
 
     assert sizes.tolist() == pytest.approx([2.0, 0.0, 0.0], abs=1e-14)
     assert bases.shape == (7, 7)
+
+
+@make.quick
+@given(make.angle_lists(), st.integers(0, 3))
+def test_the_leading_planes_are_the_first_of_all(
+    case: tuple[int, list[float]], planes: int
+) -> None:
+    width, angles = case
+    L, m = make.bivector(width, angles)[None], min(planes, width // 2)
+    found = leading_planes(L, m)
+    assert found.bases.shape == (1, width, 2 * m)
+    expected = torch.tensor(sorted(angles, reverse=True)[:m], dtype=torch.float64)
+    assert torch.allclose(found.angles[0], expected, rtol=0, atol=1e-7)
+    columns = found.bases[0]
+    assert torch.allclose(columns.mT @ columns, torch.eye(2 * m).double(), atol=1e-12)
