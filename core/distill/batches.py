@@ -12,7 +12,6 @@ from torch.nn import functional
 from core.distill.curriculum import MADE_ROWS, Examples, TrainingData
 from core.distill.schedules import BatchPlan
 from core.distill.students._base import Shown, StudentModule
-from core.rotations.sphere import keep_length
 from core.specs.training import Training
 
 SEEDS = 2**62
@@ -136,7 +135,7 @@ def left_out_answers(student: StudentModule, data: TrainingData, rows: Tensor) -
     wanted = Wanted(weights=student.takes_weights, anchored=student.takes_anchored)
     with torch.no_grad():
         asked = shown([real_rows(data, rows, wanted)], wanted)
-        return keep_length(student.routed(asked).vectors, asked.queries)
+        return student.with_lengths(student.routed(asked).vectors, asked.queries)
 
 
 def real_rows(data: TrainingData, rows: Tensor, wanted: Wanted) -> Examples:

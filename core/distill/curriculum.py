@@ -38,11 +38,13 @@ class Examples:
     mixture: Mixture | None
     """The teacher's weights; None where nobody asked for them."""
     candidates: Tensor | None
-    """[R, d] float32: true targets to retrieve among; None where nobody asked for them."""
+    """[R, d] float32: true targets to retrieve among; None where nobody asked for them, and of
+    made queries."""
     exclude: Tensor
     """[R, e] int64: rows of the training queries that the teacher excluded; -1 for none."""
     anchored: Tensor | None
-    """[R, d] float32, the queries by the teacher's anchor; None where nobody asked for them."""
+    """[R, d] float32, the queries by the teacher's anchor; None where nobody asked for them, and
+    of ``TrainingData.real``, which has them beside it."""
 
     def __len__(self) -> int:
         return len(self.queries)

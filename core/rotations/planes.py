@@ -15,6 +15,9 @@ from core.rotations.skew import split_planes
 SAME = 1e-3
 """Relative gap of squared angles below which planes are separated together, by a Schur form."""
 
+FEW = 0.25
+"""Share of a matrix's eigenvectors up to which LAPACK finds them alone sooner than all of them."""
+
 
 @dataclass(frozen=True)
 class PlaneFactors:
@@ -74,12 +77,15 @@ def leading_planes(bivectors: Tensor, planes: int) -> PlaneFactors:
 
 
 def _leading_span(bivector: Tensor, count: int) -> Tensor:
-    """[d, d] skew -> [d, count] float64: the leading eigenvectors of L^T L, and no others."""
+    """[d, d] skew -> [d, count] float64: the leading eigenvectors of L^T L."""
     d = len(bivector)
     if not count:
         return bivector.new_zeros(d, 0, dtype=torch.float64)
-    lower = dsyrk(1.0, bivector.double().cpu().numpy(), trans=1, lower=1)
-    _, vectors = eigh(lower, subset_by_index=(d - count, d - 1))
+    lower = dsyrk(1.0, bivector.detach().double().cpu().numpy(), trans=1, lower=1)
+    if count > FEW * d:
+        vectors = eigh(lower, driver="evd")[1][:, d - count :]
+    else:
+        vectors = eigh(lower, subset_by_index=(d - count, d - 1))[1]
     return torch.from_numpy(vectors).to(bivector.device)
 
 

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 SMALLEST = 1e-12
 """Squared length of a step below which it is taken for this: sin(t) / t is 1 there to float32."""
-SHORTEST = 1e-12
-"""Length below which a vector has no direction: the angle to it is a right one."""
+SHORTEST = 1e-18
+"""Length below which a vector has no direction: the angle from any other to it is a right one."""
 OPPOSITE = 1e-6
 """sin(t) / t below which the direction from one vector to its opposite is rounding."""
 
@@ -36,14 +36,14 @@ def keep_length(vectors: Tensor, like: Tensor) -> Tensor:
         like: [B, any], or [1, any] for all rows alike.
 
     Returns:
-        [B, d] in the wider of both dtypes.
+        [B, d] in the wider of both dtypes, at least float32.
     """
     kept: Tensor = _KeepLength.apply(vectors, like)  # type: ignore[no-untyped-call]
     return kept
 
 
 def squared_angles(x: Tensor, y: Tensor) -> Tensor:
-    """Squared angle between the rows of two [B, d]: [B], rad^2; zero if and only if parallel.
+    """Squared angle between rows: [B, d] twice, of one dtype, to [B], rad^2; zero where parallel.
 
     2 atan2(|x - y|, |x + y|) of unit vectors (Kahan 2006, section 12) is exact at both ends. acos
     of a clamped cosine loses half the digits near 0 and has no gradient where it is clamped.
@@ -53,7 +53,7 @@ def squared_angles(x: Tensor, y: Tensor) -> Tensor:
 
 
 def typical_length(vectors: Tensor) -> Tensor:
-    """Root mean square of the lengths of [n, d] rows: a float64 scalar; nothing else is widened."""
+    """Root mean square of the lengths of [n, d] rows: a float64 scalar."""
     whole = torch.linalg.vector_norm(vectors, dtype=torch.float64)
     typical: Tensor = whole / max(1, len(vectors)) ** 0.5
     return typical
@@ -82,20 +82,20 @@ class _KeepLength(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, like: Tensor) -> Tensor:
         own, wanted = _lengths(vectors), _lengths(like)
-        own = own.clamp(min=torch.finfo(own.dtype).tiny)
-        ctx.save_for_backward(vectors, like, own, wanted)
-        return vectors * (wanted / own)
+        scale = torch.where(own > 0, wanted / own, 0.0)
+        ctx.save_for_backward(vectors, like, own, wanted, scale)
+        return vectors * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        vectors, like, own, wanted = ctx.saved_tensors
-        along = _dots(grad, vectors) / own
+        vectors, like, own, wanted, scale = ctx.saved_tensors
+        inverse = torch.where(own > 0, 1 / own, 0.0)
+        along = _dots(grad, vectors) * inverse
         of_vectors = of_like = None
         if ctx.needs_input_grad[0]:
-            scale = wanted / own
             of_vectors = grad * scale
-            of_vectors.addcmul_(vectors, -scale * along / own)
+            of_vectors.addcmul_(vectors, -scale * along * inverse)
             of_vectors = of_vectors.to(vectors.dtype)
         if ctx.needs_input_grad[1]:
             share = torch.where(wanted > 0, along / wanted, 0.0)
@@ -104,7 +104,10 @@ class _KeepLength(torch.autograd.Function):
 
 
 class _SquaredAngles(torch.autograd.Function):
-    """t^2: d t^2 / dx = -2 (t / sin t) (y / |y| - cos t x / |x|) / |x|."""
+    """t^2: d t^2 / dx = -2 (t / sin t) (y / |y| - cos t x / |x|) / |x|.
+
+    What rounding leaves of it along x is taken away: Adam would make a drift of the least of it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -125,13 +128,15 @@ class _SquaredAngles(torch.autograd.Function):
         scale = 2 * grad[:, None] / sinc
         both = -scale * of_x * of_y
         own = scale * angles.cos()
-        found = [
-            (one * (own * share.square())).addcmul_(other, both) if needed else None
-            for one, other, share, needed in (
-                (x, y, of_x, ctx.needs_input_grad[0]),
-                (y, x, of_y, ctx.needs_input_grad[1]),
-            )
-        ]
+        found: list[Tensor | None] = []
+        sides = ((x, y, of_x), (y, x, of_y))
+        for (one, other, share), needed in zip(sides, ctx.needs_input_grad, strict=True):
+            if not needed:
+                found.append(None)
+                continue
+            side = (one * (own * share.square())).addcmul_(other, both)
+            along = _dots(side, one) * share * share
+            found.append(side.addcmul_(one, along, value=-1))
         return found[0], found[1]
 
 

@@ -18,6 +18,7 @@ from core.distill.graph import Graph
 from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid, SpecInvalid
 from core.registry import scan
+from core.rotations.sphere import keep_length
 from core.specs.base import Closed
 from core.tensors.codebooks import Codebook
 
@@ -45,7 +46,7 @@ class Routed:
     """What a student says about a batch while it is trained."""
 
     vectors: Tensor
-    """[B, d] of any length: training looks at directions alone, and ``forward`` keeps lengths."""
+    """[B, d] of any length: training looks at directions alone; see ``with_lengths``."""
     log_weights: Tensor | None = None
     """[B, C] log of its own weights over the clusters; None where it has no learnt router."""
 
@@ -69,6 +70,10 @@ class StudentModule(nn.Module, ABC):
     @abstractmethod
     def routed(self, shown: Shown) -> Routed:
         """Map training queries, differentiably."""
+
+    def with_lengths(self, vectors: Tensor, queries: Tensor) -> Tensor:
+        """Give what ``routed`` returns the lengths that ``forward`` gives: those of the queries."""
+        return keep_length(vectors, queries)
 
     @abstractmethod
     def emit(self, graph: Graph, queries: str) -> str:

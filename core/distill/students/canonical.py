@@ -189,22 +189,25 @@ class CanonicalStudent(StudentModule):
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
-        return torch.cat([self._map(part, self._start(part)) for part in queries.split(BLOCK_ROWS)])
+        parts = [self._map(self._start(part)) for part in queries.split(BLOCK_ROWS)]
+        return self.with_lengths(torch.cat(parts), queries)
 
     def _start(self, queries: Tensor) -> Tensor:
         return queries if self.anchor is None else queries @ self.anchor
 
-    def _map(self, queries: Tensor, x: Tensor) -> Tensor:
+    def _map(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x, self.planes)
-        x = keep_length(x, queries)
-        return x if self.scale is None else x * functional.softplus(self.scale)
+        return x
+
+    def with_lengths(self, vectors: Tensor, queries: Tensor) -> Tensor:
+        """Give the lengths of the queries, times the legacy scale, which training cannot see."""
+        kept = super().with_lengths(vectors, queries)
+        return kept if self.scale is None else kept * functional.softplus(self.scale)
 
     def routed(self, shown: Shown) -> Routed:
         """Map training queries; there is no router over clusters: it finds nothing."""
-        return Routed(
-            self._map(shown.queries, shown.anchored if self.takes_anchored else shown.queries)
-        )
+        return Routed(self._map(shown.anchored if self.takes_anchored else shown.queries))
 
     def gentle(self) -> list[nn.Parameter]:
         """The scale: no angle between vectors pulls at it, so decay alone would move it."""

@@ -14,7 +14,7 @@ from core.distill.students._base import Routed, Shown, Student, StudentModule
 from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
-from core.rotations.sphere import keep_length, step_along, typical_length, unit
+from core.rotations.sphere import step_along, typical_length, unit
 from core.specs.students import GeodesicAttention
 
 SHARPNESS = 20.0
@@ -60,7 +60,7 @@ class GeodesicAttentionStudent(StudentModule):
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
         parts = [self._map(part, part @ self.anchor).vectors for part in queries.split(BLOCK_ROWS)]
-        return keep_length(torch.cat(parts), queries)
+        return self.with_lengths(torch.cat(parts), queries)
 
     def routed(self, shown: Shown) -> Routed:
         """Map training queries; its own attention is the router."""

@@ -15,7 +15,7 @@ from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
-from core.rotations.sphere import keep_length, step_along, typical_length, unit
+from core.rotations.sphere import step_along, typical_length, unit
 from core.specs.students import NlerpGeodesic
 
 CANCELLED = 1e-4
@@ -72,7 +72,7 @@ class NlerpGeodesicStudent(StudentModule):
             self._map(part, part @ self.anchor, self.router.log_weights(part).exp(), back)
             for part in queries.split(rows)
         ]
-        return keep_length(torch.cat(parts), queries)
+        return self.with_lengths(torch.cat(parts), queries)
 
     def free_parameters(self) -> int:
         """Count router and step, and per cluster its planes and angles, the teacher's own."""

@@ -17,7 +17,6 @@ from core.distill.students._sphere import emit_keep_length
 from core.distill.students._strang import strang_product
 from core.distill.teachers._base import TeacherModel
 from core.rotations.planes import leading_planes
-from core.rotations.sphere import keep_length
 from core.specs.students import RotorProduct
 
 BLOCK_ROWS = 2048
@@ -58,7 +57,7 @@ class RotorProductStudent(StudentModule):
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
-        return keep_length(self.product(queries), queries)
+        return self.with_lengths(self.product(queries), queries)
 
     def product(self, queries: Tensor) -> Tensor:
         """Multiply [B, d] queries by their factors alone, before lengths are put right.

@@ -15,7 +15,6 @@ from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._sphere import emit_keep_length
 from core.distill.teachers._base import TeacherModel
 from core.rotations.chebyshev import RADIUS_STEP, series
-from core.rotations.sphere import keep_length
 from core.specs.students import SharedSubspace
 
 TOLERANCE = 1e-7
@@ -53,7 +52,7 @@ class SharedSubspaceStudent(StudentModule):
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, d]."""
-        return keep_length(self.bare(queries), queries)
+        return self.with_lengths(self.bare(queries), queries)
 
     def bare(self, queries: Tensor) -> Tensor:
         """Rotate [B, d] queries, before lengths are put right: what they are off is rounding."""

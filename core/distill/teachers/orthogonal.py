@@ -24,6 +24,8 @@ class OrthogonalTeacher(FederatedTeacher):
     formula, exact; overlapping ones go through the series of their blend.
     """
 
+    VERSION = 2
+
     def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
         """Rotate [Q, d] queries by given weights: [Q, d], dtype ``spec.dtype``."""
         given = self._tensor(queries)

@@ -157,12 +157,18 @@ def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [*((name, {}) for name in students()), ("canonical", {"codebook": PCA, "n_components": None})],
+    [
+        *((name, {}) for name in students()),
+        ("canonical", {"codebook": PCA, "n_components": None}),
+        ("canonical", {"compat": "legacy"}),
+    ],
 )
 def test_what_is_trained_is_what_is_used(name: str, changes: dict[str, object]) -> None:
     """The rows that a batch brings along start where ``forward`` starts by itself."""
     student, data = make_student(name, **changes), make_data(make_training())
     rows = data.validation
+    if "compat" in changes:
+        torch.nn.init.constant_(student.get_parameter("scale"), 2.0)
     torch.testing.assert_close(
         left_out_answers(student, data, rows),
         student(data.real.queries[rows]).detach(),

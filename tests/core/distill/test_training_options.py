@@ -130,15 +130,17 @@ def same(one: list[Examples], other: list[Examples]) -> bool:
         and a.mixture is not None
         and b.mixture is not None
         and torch.equal(a.mixture.dense(), b.mixture.dense())
+        and a.anchored is not None
+        and b.anchored is not None
+        and torch.equal(a.anchored, b.anchored)
         for a, b in zip(one, other, strict=True)
     )
 
 
 def epoch_from(data: TrainingData, plan: BatchPlan, first: int) -> list[list[Examples]]:
     generator = torch.Generator().manual_seed(5)
-    found = epoch_batches(
-        data, plan, generator, wanted=Wanted(weights=True), first=first, on_block=lambda: None
-    )
+    wanted = Wanted(weights=True, anchored=True, candidates=True)
+    found = epoch_batches(data, plan, generator, wanted=wanted, first=first, on_block=lambda: None)
     return list(found)
 
 

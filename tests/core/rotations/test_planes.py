@@ -115,3 +115,6 @@ def test_the_leading_planes_are_the_first_of_all(
     assert torch.allclose(found.angles[0], expected, rtol=0, atol=1e-7)
     columns = found.bases[0]
     assert torch.allclose(columns.mT @ columns, torch.eye(2 * m).double(), atol=1e-12)
+    inside = columns.mT @ L[0] @ columns
+    wanted = from_planes(torch.eye(2 * m).double()[None], found.angles)[0]
+    assert torch.allclose(inside, wanted, rtol=0, atol=1e-7)

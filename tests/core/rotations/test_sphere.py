@@ -67,6 +67,17 @@ def test_in_float32_the_gradient_of_an_angle_is_right_to_rounding(angle: float) 
     assert (x.grad - exact.grad).norm(dim=1).max() < 5e-7 * turned
 
 
+@pytest.mark.parametrize("angle", [1e-4, 1e-2, 1.0, 3.0])
+def test_the_gradient_of_an_angle_pulls_at_no_length(angle: float) -> None:
+    y = unit(vectors(50, dtype=torch.float32))
+    sideways = unit(vectors(50, seed=1) - (vectors(50, seed=1) * y).sum(1, keepdim=True) * y)
+    x = (math.cos(angle) * y + math.sin(angle) * sideways).float().requires_grad_()
+    squared_angles(x, y).sum().backward()
+    assert x.grad is not None
+    along = (x.grad.double() * x.detach()).sum(1) / x.grad.double().norm(dim=1)
+    assert along.square().mean().sqrt() < 1e-7
+
+
 def test_opposite_and_zero_vectors_have_finite_gradients() -> None:
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 1e-7], [1.0, 2.0]], requires_grad=True)
     y = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
@@ -90,6 +101,12 @@ def test_zero_rows_stay_zero_with_finite_gradients() -> None:
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
     assert torch.equal(unit(torch.zeros(2, 3)), torch.zeros(2, 3))
+    leaf = torch.zeros(2, 3, requires_grad=True)
+    kept = keep_length(leaf, torch.full((2, 3), 5.0))
+    assert torch.equal(kept, torch.zeros(2, 3))
+    (5 * kept).sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.zeros(2, 3))
 
 
 @make.quick
