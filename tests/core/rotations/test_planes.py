@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy.linalg import expm
 
@@ -109,6 +109,8 @@ def test_the_leading_planes_are_the_first_of_all(
 ) -> None:
     width, angles = case
     L, m = make.bivector(width, angles)[None], min(planes, width // 2)
+    falling = [math.pi, *sorted(angles, reverse=True), -1.0]
+    assume(m == 0 or falling[m] - falling[m + 1] > 0.01)  # equals may be mixed
     found = leading_planes(L, m)
     assert found.bases.shape == (1, width, 2 * m)
     expected = torch.tensor(sorted(angles, reverse=True)[:m], dtype=torch.float64)
