@@ -15,6 +15,8 @@ from core.rotations.skew import split_planes
 SAME = 1e-3
 """Relative gap of squared angles below which planes are separated together, by a Schur form."""
 
+VANISHING = 1e-140
+"""Angle below which its square leaves float64, or loses digits there; it is taken for zero."""
 FEW = 0.25
 """Share of a matrix's eigenvectors up to which LAPACK finds them alone sooner than all of them."""
 
@@ -118,6 +120,7 @@ def _factor(L: Tensor, floor: float | None = None) -> tuple[Tensor, Tensor]:
     k = len(L)
     if floor is None:
         floor = float(torch.linalg.matrix_norm(L)) * k * torch.finfo(L.dtype).eps
+        floor = max(floor, VANISHING)
     squares, vectors = torch.linalg.eigh(L.mT @ L)
     squares, vectors = squares.flip(0), vectors.flip(1)  # descending
     if float(squares[:1].clamp(min=0).sum()) <= floor**2:

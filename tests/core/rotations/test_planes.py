@@ -16,6 +16,7 @@ from tests.core.rotations import _make as make
 @make.quick
 @given(make.angle_lists())
 @example((4, [0.125, 2.0**-52]))  # just above what is taken for rounding
+@example((3, [8e-162]))
 def test_planes_put_the_bivector_together_again(case: tuple[int, list[float]]) -> None:
     width, angles = case
     L = make.bivector(width, angles)[None]
@@ -38,7 +39,7 @@ def test_rotating_in_planes_is_the_exponential(case: tuple[int, list[float]]) ->
     turned = rotate_in_planes(queries, factors.bases[0], factors.angles[0])
 
     assert torch.allclose(turned, queries @ torch.from_numpy(expm(L.numpy())), rtol=0, atol=1e-12)
-    assert torch.allclose(turned.norm(dim=1), queries.norm(dim=1), rtol=0, atol=1e-14)
+    assert torch.allclose(turned.norm(dim=1), queries.norm(dim=1), rtol=0, atol=1e-13)
 
 
 def test_fewer_planes_keep_the_largest_angles() -> None:
