@@ -17,7 +17,7 @@ class Batch:
     """One batch, as every term sees it."""
 
     student: Tensor
-    """[B, d] the student's vectors."""
+    """[B, d] the student's vectors, of any length: a term looks at their directions alone."""
     teacher: Tensor
     """[B, d] the teacher's, constant."""
     candidates: Tensor | None = None
