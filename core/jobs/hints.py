@@ -77,8 +77,10 @@ def make_celery(settings: Settings) -> "Celery":
         task_serializer="json",
         enable_utc=True,
         timezone="UTC",
+        # Taken is done: an acknowledgement that fails would hold the prefetch count for ever.
         task_queues=[
-            Queue(name, Exchange("", type="direct"), routing_key=name) for name in (*POOLS, CONTROL)
+            Queue(name, Exchange("", type="direct"), routing_key=name, no_ack=True)
+            for name in (*POOLS, CONTROL)
         ],
         task_create_missing_queues=False,
         task_default_queue=CONTROL,
@@ -105,10 +107,10 @@ def make_celery(settings: Settings) -> "Celery":
 
 
 def drop_hints(app: "Celery", queue: str) -> None:
-    """Empty ``queue``, and what Redis keeps of messages that were taken but not acknowledged.
+    """Empty ``queue``, and what an older release left in Redis of messages not acknowledged.
 
-    That store is one for all queues, and may bring a message back. A hint is acknowledged before
-    it is answered and lost without harm, so nothing there is worth a thought. Never raises.
+    That store is one for all queues, and may bring a message back. A hint is lost without harm, so
+    nothing there is worth a thought. Never raises.
     """
     once = {"max_retries": 0}
     try:

@@ -2,15 +2,18 @@
 
 import base64
 import json
+import logging
 import os
 import pickle
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import redis
+from kombu import Connection, Message
 from sqlalchemy import select
 
 from core.db.models import Event, Worker
@@ -104,6 +107,31 @@ def test_a_broker_that_dies_and_returns_loses_nothing(crew: Crew, waker: CeleryH
     assert beat.alive
     assert worker.stop(signal.SIGTERM) == 0
     assert beat.stop(signal.SIGTERM) == 0
+
+
+def test_a_broker_that_dies_under_a_hint_leaves_the_consumer_free(
+    crew: Crew, waker: CeleryHints
+) -> None:
+    taken = []
+
+    def take(message: Message) -> None:
+        crew.broker.process.kill()
+        message.ack_log_error(logging.getLogger(__name__), redis.ConnectionError)
+        taken.append(message)
+
+    waker.wake({"cpu": 1})
+    with waker._app.connection_for_read() as connection:
+        channel = connection.default_channel
+        with waker._app.amqp.TaskConsumer(channel, on_message=take) as consumer:
+            consumer.qos(prefetch_count=1)
+            wait_for(lambda: drained(connection, taken))
+            assert channel.qos.can_consume()
+
+
+def drained(connection: Connection, taken: list[Message]) -> bool:
+    with suppress(TimeoutError):
+        connection.drain_events(timeout=1)
+    return bool(taken)
 
 
 def test_a_worker_starts_and_ends_without_a_broker(crew: Crew) -> None:
