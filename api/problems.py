@@ -198,10 +198,14 @@ def blame_all(errors: Sequence[Mapping[str, Any]], body: Any) -> list[Blame]:
 
 
 def _detail(error: Mapping[str, Any]) -> str:
-    message = str(error["msg"])
-    if error["type"] == "missing" or error["type"].startswith("union_tag"):
+    sort, message, given = error["type"], str(error["msg"]), error.get("input")
+    if sort == "value_error":
+        message = str(error["ctx"]["error"])  # without the library's own words before it
+        if isinstance(given, Mapping):  # a rule over several fields shows those it refuses
+            return message
+    if sort == "missing" or sort.startswith("union_tag"):
         return message
-    return f"{message}; got {shown(error.get('input'))}"
+    return f"{message}; got {shown(given)}"
 
 
 def shown(value: Any) -> str:

@@ -62,6 +62,15 @@ def test_wrong_spec_names_field_value_and_what_is_allowed(
     assert len(answer["errors"][0]["detail"]) < 400
 
 
+def test_a_rule_over_several_fields_speaks_for_itself(client: TestClient) -> None:
+    body = b'{"kind": "export_cache"}'
+    answer = problem_of(client.post("/v1/jobs", content=body, headers=JSON), 422, "spec_invalid")
+
+    wrong = "model, targets: nothing to export; give one of them, or both"
+    assert answer["errors"] == [{"pointer": "", "detail": wrong}]
+    assert answer["detail"] == f"body: {wrong}"
+
+
 @pytest.mark.parametrize(
     "body",
     [
