@@ -4,7 +4,7 @@ import logging
 import signal
 import socket
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from types import FrameType
 
 import uvicorn
@@ -54,29 +54,31 @@ class Server(uvicorn.Server):
 
 def main() -> int:
     """Serve until a signal; return the exit status."""
-    try:
-        settings = Settings()
-        check_door(settings)
-        make_rates(settings)
-        listener = _listen(settings.host, settings.port)
-        # The application takes the lock for good; a team's servers share the folder.
-        with nullcontext() if settings.team else only_server(settings.data_dir):
-            _check_database(settings.url)
-            open_data(settings)[0].dispose()
-        tracing.set_up(settings, "stillroom-api")
-    except (
-        ValidationError,
-        SettingsError,
-        DataDirBusy,
-        DatabaseRefused,
-        DoorOpen,
-        BadLimit,
-        tracing.TracingUnavailable,
-        Conflict,
-        OSError,
-    ) as error:
-        sys.stderr.write(f"stillroom: {_one_line(error)}\n")
-        return USAGE_ERROR
+    with ExitStack() as refused:
+        try:
+            settings = Settings()
+            check_door(settings)
+            make_rates(settings)
+            listener = refused.enter_context(_listen(settings.host, settings.port))
+            # The application takes the lock for good; a team's servers share the folder.
+            with nullcontext() if settings.team else only_server(settings.data_dir):
+                _check_database(settings.url)
+                open_data(settings)[0].dispose()
+            tracing.set_up(settings, "stillroom-api")
+        except (
+            ValidationError,
+            SettingsError,
+            DataDirBusy,
+            DatabaseRefused,
+            DoorOpen,
+            BadLimit,
+            tracing.TracingUnavailable,
+            Conflict,
+            OSError,
+        ) as error:
+            sys.stderr.write(f"stillroom: {_one_line(error)}\n")
+            return USAGE_ERROR
+        refused.pop_all()  # the listener is the server's now
     logs.set_up(settings, process="api")
     app = create_app(settings)
     config = uvicorn.Config(

@@ -129,7 +129,7 @@ def _leaves(
     tags: dict[str, list[str]] = {}
     for part in parts:
         inner = fields_of(part, root)
-        tag = next((each for each in inner if "const" in each.schema), None)
+        tag = next((each for each in inner if "const" in each.schema and not each.nullable), None)
         if tag is not None:
             tags.setdefault(tag.name, []).extend(tag.choices)
         inside = tag.choices[0] if tag is not None and len(parts) > 1 else variant

@@ -107,12 +107,12 @@ def show_report(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def run(client: Stillroom, folder: Path, listing: Path | None) -> None:
+def run(client: Stillroom, pairs: Path, folder: Path, listing: Path | None) -> None:
     """Run the whole demo against a service that is ready."""
     began = time.monotonic()
     with transfers(screen()) as start:
-        pairs = client.upload(PAIRS, on_progress=start(PAIRS.name))
-    jobs = follow(client, chain(client, pairs["sha256"]))
+        uploaded = client.upload(pairs, on_progress=start(pairs.name))
+    jobs = follow(client, chain(client, uploaded["sha256"]))
     paths = download(client, jobs, folder)
     for job in jobs.values():
         if job["cache_hits"]:
@@ -180,6 +180,13 @@ def tell_where(url: str) -> None:
 @click.option("--url", envvar="STILL_URL", help="A running service, instead of starting one.")
 @click.option("--api-key", envvar="STILL_API_KEY", help="For that service.")
 @click.option(
+    "--pairs",
+    default=PAIRS,
+    show_default="6,000 of WordNet",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Pairs of your own, in any format the service takes.",
+)
+@click.option(
     "--data-dir",
     default="demo-output/data",
     show_default=True,
@@ -201,6 +208,7 @@ def tell_where(url: str) -> None:
 def demo(
     url: str | None,
     api_key: str | None,
+    pairs: Path,
     data_dir: Path,
     output_dir: Path,
     listing: Path | None,
@@ -216,7 +224,7 @@ def demo(
         if url is not None:
             with Stillroom(url, api_key=api_key, retry=Retry(limit_s=300)) as client:
                 wait_ready(client, None, log)
-                run(client, output_dir, listing)
+                run(client, pairs, output_dir, listing)
                 tell_where(client.url)
             return
         port = free_port()
@@ -228,7 +236,7 @@ def demo(
             wait_ready(client, process, log)
             tell_where(client.url)
             clear(client)
-            run(client, output_dir, listing)
+            run(client, pairs, output_dir, listing)
             if keep:
                 say("the service runs until Ctrl-C")
                 with suppress(KeyboardInterrupt):

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from api.__main__ import _url
+from api.__main__ import _url, main
 from api.app import open_data
 from tests.api.conftest import ECHO, make_settings
 from tests.conftest import wait_for
@@ -219,12 +219,25 @@ def test_announced_address_can_be_opened(host: str, shown: str) -> None:
     ],
 )
 def test_bad_settings_are_one_line_and_status_2(
-    tmp_path: Path, settings: dict[str, str], told: str
+    tmp_path: Path,
+    settings: dict[str, str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    process = start(tmp_path, **{"STILL_PORT": str(free_port()), **settings})
-    said, log = process.communicate(timeout=60)
+    given = {
+        "STILL_DATA_DIR": str(tmp_path),
+        "STILL_DEVICES": '["cpu"]',
+        "STILL_PORT": str(free_port()),
+        **settings,
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
 
-    assert process.returncode == 2
+    status = main()
+
+    said, log = capsys.readouterr()
+    assert status == 2
     assert said == ""
     assert told in log
     assert log.count("\n") == 1

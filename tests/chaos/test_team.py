@@ -19,7 +19,7 @@ from core.kinds._base import kinds
 from tests import life
 from tests.conftest import Clock, make_runner
 
-SHORT = Plan(chunks=1_000, kills=20, freezes=2, flushes=1, database_restarts=1, limit_s=600.0)
+SHORT = Plan(chunks=500, kills=12, freezes=1, flushes=1, database_restarts=1, limit_s=600.0)
 JOBS = [Wanted("key-0", "one", 1), Wanted("key-1", "three", 3), Wanted("key-2", "one", 1)]
 
 

@@ -107,6 +107,7 @@ def test_the_schema_of_every_kind_makes_a_command(service: Service, client: Stil
         ran = still(service, "submit", kind["kind"], "--help")
         assert ran.returncode == 0, ran.stderr
         assert "--priority" in ran.stdout
+        assert "(for legacy)" not in ran.stdout, "an option is no alternative"
 
 
 def test_a_cancelled_job_ends_watch_with_3(service: Service, client: Stillroom) -> None:

@@ -1,4 +1,4 @@
-"""Services without HTTP: one on the database of the run, one of its own beside it."""
+"""Services without HTTP: one on the database of the run, others with one of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ def world(engine: Engine, tmp_path: Path, clock: Clock) -> World:
 
 @pytest.fixture
 def other_world(tmp_path: Path) -> World:
-    folder = tmp_path / "other"
+    return _on_sqlite(tmp_path / "other")
+
+
+@pytest.fixture
+def third_world(tmp_path: Path) -> World:
+    return _on_sqlite(tmp_path / "third")
+
+
+def _on_sqlite(folder: Path) -> World:
     folder.mkdir()
     engine = make_engine(f"sqlite:///{folder / 'other.db'}")
     upgrade(engine)
