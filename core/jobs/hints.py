@@ -77,17 +77,17 @@ def make_celery(settings: Settings) -> "Celery":
         task_serializer="json",
         enable_utc=True,
         timezone="UTC",
-        # Taken is done: an acknowledgement that fails would hold the prefetch count for ever.
         task_queues=[
-            Queue(name, Exchange("", type="direct"), routing_key=name, no_ack=True)
-            for name in (*POOLS, CONTROL)
+            Queue(name, Exchange("", type="direct"), routing_key=name) for name in (*POOLS, CONTROL)
         ],
         task_create_missing_queues=False,
         task_default_queue=CONTROL,
         task_ignore_result=True,
         task_acks_late=False,
         task_publish_retry=False,
-        worker_prefetch_multiplier=1,
+        # No limit. A solo worker takes one message at a time in any case, and a message whose
+        # acknowledgement failed, as where the broker died, would count against a limit for ever.
+        worker_prefetch_multiplier=0,
         worker_enable_prefetch_count_reduction=False,
         worker_cancel_long_running_tasks_on_connection_loss=True,  # of acks_late: there are none
         worker_detect_quorum_queues=False,
@@ -107,10 +107,10 @@ def make_celery(settings: Settings) -> "Celery":
 
 
 def drop_hints(app: "Celery", queue: str) -> None:
-    """Empty ``queue``, and what an older release left in Redis of messages not acknowledged.
+    """Empty ``queue``, and what Redis keeps of messages that were taken but not acknowledged.
 
-    That store is one for all queues, and may bring a message back. A hint is lost without harm, so
-    nothing there is worth a thought. Never raises.
+    That store is one for all queues, and may bring a message back. A hint is acknowledged before
+    it is answered and lost without harm, so nothing there is worth a thought. Never raises.
     """
     once = {"max_retries": 0}
     try:

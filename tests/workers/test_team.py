@@ -123,9 +123,12 @@ def test_a_broker_that_dies_under_a_hint_leaves_the_consumer_free(
     with waker._app.connection_for_read() as connection:
         channel = connection.default_channel
         with waker._app.amqp.TaskConsumer(channel, on_message=take) as consumer:
-            consumer.qos(prefetch_count=1)
+            consumer.qos(prefetch_count=waker._app.conf.worker_prefetch_multiplier)
             wait_for(lambda: drained(connection, taken))
+            assert not taken[0].acknowledged
             assert channel.qos.can_consume()
+        crew.broker.process.start()
+        crew.broker.wait()
 
 
 def drained(connection: Connection, taken: list[Message]) -> bool:
