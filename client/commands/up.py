@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from client.session import screen
+
 HINT = "pip install 'stillroom[worker]'"
 NEEDED = ("api", "fastapi", "uvicorn", "sqlalchemy", "torch")
 
@@ -68,5 +70,7 @@ def up(
         variables["STILL_THREADS"] = str(threads)
     if api_key is not None:
         variables["STILL_API_KEY"] = api_key
+    if screen().is_terminal:
+        screen().print("starting the service ...")  # its first own words take some seconds
     # -P: a folder named api in the current directory is not the server.
     _replace_process([sys.executable, "-P", "-m", "api"], variables)

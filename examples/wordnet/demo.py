@@ -187,7 +187,16 @@ def tell_where(url: str) -> None:
     help="Pairs of your own, in any format the service takes.",
 )
 @click.option(
+    "--port",
+    envvar="STILL_PORT",
+    show_envvar=True,
+    type=click.IntRange(1, 65_535),
+    help="Of the service it starts. [default: a free one]",
+)
+@click.option(
     "--data-dir",
+    envvar="STILL_DATA_DIR",
+    show_envvar=True,
     default="demo-output/data",
     show_default=True,
     type=click.Path(file_okay=False, path_type=Path),
@@ -209,6 +218,7 @@ def demo(
     url: str | None,
     api_key: str | None,
     pairs: Path,
+    port: int | None,
     data_dir: Path,
     output_dir: Path,
     listing: Path | None,
@@ -227,7 +237,7 @@ def demo(
                 run(client, pairs, output_dir, listing)
                 tell_where(client.url)
             return
-        port = free_port()
+        port = port or free_port()
         with (
             service(data_dir, log, port) as process,
             Stillroom(f"http://127.0.0.1:{port}", api_key=api_key) as client,

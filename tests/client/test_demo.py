@@ -62,11 +62,19 @@ def test_files_figures_and_hashes_are_left(ran: Result, world: World, tmp_path: 
     assert list(names) == ["fit_federated", "cache_targets", "distill", "evaluate"]
 
 
+@pytest.mark.parametrize(
+    ("options", "env"),
+    [(["--data-dir", "taken/data"], {}), ([], {"STILL_DATA_DIR": "taken/data"})],
+)
 def test_a_service_that_cannot_start_is_told(
-    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    env: dict[str, str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("a file where the data folder should be")
-    ran = CliRunner().invoke(demo.demo, ["--data-dir", "taken/data"])
+    ran = CliRunner().invoke(demo.demo, options, env=env)
     assert ran.exit_code == 1
     assert "the service ended" in ran.output
