@@ -200,7 +200,7 @@ def blame_all(errors: Sequence[Mapping[str, Any]], body: Any) -> list[Blame]:
 def _detail(error: Mapping[str, Any]) -> str:
     sort, message, given = error["type"], str(error["msg"]), error.get("input")
     if sort == "value_error":
-        message = str(error["ctx"]["error"])  # without the library's own words before it
+        message = message.removeprefix("Value error, ")  # the library's own words
         if isinstance(given, Mapping):  # a rule over several fields shows those it refuses
             return message
     if sort == "missing" or sort.startswith("union_tag"):

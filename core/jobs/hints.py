@@ -109,8 +109,8 @@ def make_celery(settings: Settings) -> "Celery":
 def drop_hints(app: "Celery", queue: str) -> None:
     """Empty ``queue``, and what Redis keeps of messages that were taken but not acknowledged.
 
-    That store is one for all queues, and may bring a message back. A hint is acknowledged before
-    it is answered and lost without harm, so nothing there is worth a thought. Never raises.
+    That store is one for all queues, and may bring a message back. A hint is lost without harm, so
+    nothing there is worth a thought. Never raises.
     """
     once = {"max_retries": 0}
     try:

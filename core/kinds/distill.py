@@ -18,7 +18,6 @@ from core.kinds._training import (
     make_targets,
     needed_bytes,
     targets_stage,
-    told_teacher,
     train_chunks,
     train_some,
 )
@@ -75,15 +74,6 @@ def _planned(spec: Spec, inputs: Mapping[str, Input]) -> Student:
     if planes["n_components"] > MOST_PLANES:
         raise SpecInvalid(
             f"codebook has {planes['n_components']} planes; allowed: 1 to {MOST_PLANES}",
-            pointer="/codebook",
-        )
-    whole = told_teacher(spec, inputs).whole_logs()
-    said = "compat" in planes and planes.get("explains", True)  # made of a model, and says how
-    if said and (planes["compat"] == "legacy") != whole:
-        made, blended = ("log(G^T W)", "log W") if whole else ("log W", "log(G^T W)")
-        raise SpecInvalid(
-            f"codebook is made of {made}, the teacher blends {blended}: give build_codebook and "
-            "the teacher the same compat",
             pointer="/codebook",
         )
     # Its own planes are not made: one passes any width.

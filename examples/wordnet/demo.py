@@ -162,10 +162,18 @@ def wait_ready(client: Stillroom, process: subprocess.Popen[bytes] | None, log: 
             return
 
 
-def free_port() -> int:
-    """Return a port that nobody uses now."""
+def free_port(wanted: int | None) -> int:
+    """Return a port that nobody uses now: ``wanted``, or any; end the demo where it is in use."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        # As the server binds: what lately ended there is no reason to refuse.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise click.ClickException(
+                f"port {wanted}: {error.strerror}; for a service that runs there: "
+                f"--url http://127.0.0.1:{wanted}"
+            ) from error
         port: int = probe.getsockname()[1]
     return port
 
@@ -237,7 +245,7 @@ def demo(
                 run(client, pairs, output_dir, listing)
                 tell_where(client.url)
             return
-        port = port or free_port()
+        port = free_port(port)
         with (
             service(data_dir, log, port) as process,
             Stillroom(f"http://127.0.0.1:{port}", api_key=api_key) as client,

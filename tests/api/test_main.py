@@ -231,6 +231,9 @@ def test_bad_settings_are_one_line_and_status_2(
         "STILL_PORT": str(free_port()),
         **settings,
     }
+    for name in list(os.environ):  # noqa: TID251 - as in ``start``
+        if name.startswith("STILL_"):
+            monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
 

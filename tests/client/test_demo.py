@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import socket
 from pathlib import Path
 from types import ModuleType
 
@@ -78,3 +79,15 @@ def test_a_service_that_cannot_start_is_told(
     ran = CliRunner().invoke(demo.demo, options, env=env)
     assert ran.exit_code == 1
     assert "the service ended" in ran.output
+
+
+def test_a_port_in_use_is_refused_before_anything_is_asked_there(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = CliRunner().invoke(demo.demo, [], env={"STILL_PORT": str(port)})
+    assert ran.exit_code == 1
+    assert f"port {port}: Address already in use" in ran.output
+    assert f"--url http://127.0.0.1:{port}" in ran.output

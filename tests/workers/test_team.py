@@ -127,6 +127,7 @@ def test_a_broker_that_dies_under_a_hint_leaves_the_consumer_free(
             wait_for(lambda: drained(connection, taken))
             assert not taken[0].acknowledged
             assert channel.qos.can_consume()
+            assert not channel.qos.prefetch_count, "however many such messages there are"
         crew.broker.process.start()
         crew.broker.wait()
 

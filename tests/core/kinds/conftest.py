@@ -1,4 +1,4 @@
-"""Services without HTTP: one on the database of the run, others with one of their own."""
+"""Services without HTTP: one on the database of the run, one of its own beside it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,7 @@ def world(engine: Engine, tmp_path: Path, clock: Clock) -> World:
 
 @pytest.fixture
 def other_world(tmp_path: Path) -> World:
-    return _on_sqlite(tmp_path / "other")
-
-
-@pytest.fixture
-def third_world(tmp_path: Path) -> World:
-    return _on_sqlite(tmp_path / "third")
-
-
-def _on_sqlite(folder: Path) -> World:
+    folder = tmp_path / "other"
     folder.mkdir()
     engine = make_engine(f"sqlite:///{folder / 'other.db'}")
     upgrade(engine)

@@ -193,32 +193,6 @@ def test_a_student_turns_in_the_planes_of_an_artifact(other_world: World) -> Non
             world.submit(**{**asked, **change})
 
 
-@pytest.mark.parametrize(
-    ("made_of", "told", "match"),
-    [
-        ("legacy", None, r"made of log W, the teacher blends log\(G\^T W\)"),
-        (None, "legacy", r"made of log\(G\^T W\), the teacher blends log W"),
-    ],
-)
-def test_planes_of_other_logarithms_than_the_teachers_are_refused(
-    other_world: World, made_of: Any, told: Any, match: str
-) -> None:
-    world, model = other_world, fitted(other_world)
-    job, _ = made(world, model=model, codebook={"n_components": 4}, compat=made_of)
-    asked: dict[str, Any] = {
-        "kind": "distill",
-        "model": model,
-        "codebook": f"{job}/codebook",
-        "student": {"name": "canonical", "heads": 2},
-    }
-
-    with pytest.raises(SpecInvalid, match=match) as caught:
-        world.submit(**asked, teacher={"name": "rotational", "compat": told})
-
-    assert caught.value.pointer == "/codebook"
-    assert world.submit(**asked, teacher={"name": "rotational", "compat": made_of})
-
-
 def test_uploaded_axes_are_kept_as_they_are(other_world: World) -> None:
     world, model = other_world, fitted(other_world)
     axes = np.eye(16, dtype=np.float32)[::-1].reshape(8, 2, 16)  # not in the order of canonical's
