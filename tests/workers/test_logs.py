@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,19 @@ class Lines(logging.Handler):
         self.lines.append(self.format(record))
 
 
-def test_the_log_of_the_server_names_the_job_it_took(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, log = Lines(), logging.getLogger("stillroom.api")
-    monkeypatch.setattr(log, "handlers", [kept])
-    monkeypatch.setattr(log, "level", logging.INFO)
+@pytest.fixture
+def kept() -> Iterator[Lines]:
+    """What the server logs."""
+    lines, log = Lines(), logging.getLogger("stillroom.api")
+    before = log.level
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)  # unlike an assignment, it forgets what was asked of the level
+    yield lines
+    log.removeHandler(lines)
+    log.setLevel(before)
+
+
+def test_the_log_of_the_server_names_the_job_it_took(tmp_path: Path, kept: Lines) -> None:
     with serving(make_settings(tmp_path), Clock()) as client:
         job_id = client.post("/v1/jobs", json=ECHO).json()["id"]
 
