@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,8 +21,8 @@ class ProjectionTransformer(StudentModule):
     The parameters are those of ``nn.TransformerEncoder`` under document 001's names. A softmax over
     one key is 1, so a layer's attention is ``out(value(x))`` whatever H is: heads, queries and keys
     have no effect on the answer. ``forward`` multiplies just what has (1.4 to 1.9 times as fast as
-    the encoder, on one thread); only dropout in training asks for the encoder itself. Rows of a batch never see each other (document 001 leaves
-    ``batch_first`` out, by which they would).
+    the encoder, on one thread); only dropout in training asks for the encoder itself. Rows of a
+    batch never see each other (document 001 leaves ``batch_first`` out, by which they would).
 
     Args:
         embed_dim: d, width of the queries.
@@ -77,6 +78,7 @@ class ProjectionTransformer(StudentModule):
         )
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.output_proj = nn.Linear(d, m)
+        self._start_at(1.0)
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, m]."""
@@ -89,6 +91,16 @@ class ProjectionTransformer(StudentModule):
         answers: Tensor = self.output_proj(x)
         return answers
 
+    def _start_at(self, length: float) -> None:
+        """Scale the last layer so that untrained answers are about so long.
+
+        Its input is normalised, of length sqrt(d). Torch's own start gives answers of length
+        sqrt(m / 3), 11 for 384, which training would first have to shrink.
+        """
+        with torch.no_grad():
+            self.output_proj.weight.mul_(length * (3 / self.output_proj.out_features) ** 0.5)
+            self.output_proj.bias.zero_()
+
     def routed(self, shown: Shown) -> Routed:
         """Map training queries; it has no router of its own."""
         return Routed(self(shown.queries))
@@ -99,7 +111,7 @@ class ProjectionTransformer(StudentModule):
 
     def free_parameters(self) -> int:
         """Count parameters that an answer depends on: queries' and keys' projections never do."""
-        d, layers = self.config["dim"], self.config["num_layers"]
+        d, layers = int(self.config["dim"]), int(self.config["num_layers"])
         return super().free_parameters() - layers * 2 * d * (d + 1)
 
     def emit(self, graph: Graph, queries: str) -> str:

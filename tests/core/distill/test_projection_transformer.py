@@ -186,3 +186,11 @@ def test_wrong_sizes_are_named(changes: dict[str, Any], pointer: str) -> None:
     with pytest.raises(SpecInvalid, match=pointer[1:]) as caught:
         make(**changes)
     assert caught.value.pointer == pointer
+
+
+@pytest.mark.parametrize("out_dim", [None, 100])
+def test_untrained_answers_are_about_unit_long(out_dim: int | None) -> None:
+    torch.manual_seed(0)
+    student = ProjectionTransformer(256, 4, 2, 64, out_dim=out_dim)
+    lengths = student(queries(50, 256)).detach().norm(dim=1)
+    assert 0.8 < float(lengths.mean()) < 1.2
