@@ -164,39 +164,40 @@ def measure_crossover(
     seconds: float = MEASURED_SECONDS,
     *,
     teacher_for: Callable[[Tensor, Tensor], nn.Module],
+    out_dim: int | None = None,
     seed: int = 0,
-    clock: Clock = time.perf_counter,
 ) -> list[Measurement]:
     """Time synthetic teachers of N heads and a student each, as long for any N and batch size.
 
     Args:
         clusters: the N, each from 1 up.
-        dim: d, of queries and of answers.
+        dim: d, of the queries.
         batches: sizes.
-        student_for: N -> a student of width d; None: document 001's (4 heads, 2 layers, 512).
+        student_for: N -> a student from d to m; None: document 001's (4 heads, 2 layers, 512).
         seconds: for each N and size.
-        teacher_for: (centroids [N, d], answers [N, d], unit rows drawn from ``seed``) -> a teacher.
+        teacher_for: (centroids [N, d], answers [N, m], unit rows drawn from ``seed``) -> a teacher.
+        out_dim: m, of the answers; None: d.
         seed: of the draws.
-        clock: seconds.
 
     Returns:
         One per size and N: sizes in turn, N ascending within each.
     """
-    student_for = student_for or _document_001s(dim)
+    m = dim if out_dim is None else out_dim
+    student_for = student_for or (lambda _: ProjectionTransformer(dim, 4, 2, 512, out_dim=m))
     generator = torch.Generator().manual_seed(seed)
     heads = sorted({whole_number(n, "clusters", least=1) for n in clusters})
     found = []
     for n in heads:
         centroids, answers, queries = (
-            nn.functional.normalize(torch.randn(rows, dim, generator=generator), dim=1)
-            for rows in (n, n, max(batches))
+            nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=1)
+            for rows, width in ((n, dim), (n, m), (max(batches), dim))
         )
         teacher, student = teacher_for(centroids, answers), student_for(n)
         place = place_of(student)
         teacher = teacher.to(place.device)
         found += [
             measure(teacher, student, queries.to(place), heads=n, batch=size,
-                    seconds=seconds, clock=clock)
+                    seconds=seconds)
             for size in batches
         ]  # fmt: skip
     order = {size: number for number, size in enumerate(batches)}
@@ -298,10 +299,6 @@ def _flops_crossing(rows: Sequence[Measurement]) -> float | None:
         if row.transformer_flops and row.lda_flops
     ]
     return min(found, key=lambda each: abs(math.log(each[0] / each[1])))[0] if found else None
-
-
-def _document_001s(dim: int) -> Callable[[int], nn.Module]:
-    return lambda _: ProjectionTransformer(dim, 4, 2, 512)
 
 
 def _parts(rows: Tensor, size: int) -> list[Tensor]:

@@ -57,7 +57,7 @@ def advise(measurements: Sequence[Measurement]) -> str:
 
 
 FIT = (
-    "Clusters that change often speak for the LDA: it takes new heads without training, and its "
+    "Clusters that change often speak for the LDA: it takes new heads without training, and its\n"
     "weights can be read."
 )
 
