@@ -1,0 +1,5 @@
+"""The module that document 001 imports for its teacher."""
+
+from core.distill.lda import MultiHeadLDA
+
+__all__ = ["MultiHeadLDA"]
