@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import DataInvalid
 from core.tensors.lda import LDA, Mode, check_lda, load_lda, save_lda, without_questions
-from core.tensors.lda_db import load_lda_db, projection_names, save_lda_db
+from core.tensors.lda_db import SCHEMA, load_lda_db, projection_names, save_lda_db
 from core.tensors.shards import load, save
 from tests.core.tensors._lda import HEADS, ROWS, same_arrays, some_lda
 
@@ -182,3 +182,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         save_lda_db(tmp_path / "lda.db", {"": some_lda()})
 
     assert (tmp_path / "lda.db").read_bytes() == before
+
+
+def test_the_documented_schema_is_the_one_written() -> None:
+    docs = Path(__file__).parents[3] / "docs" / "lda.md"
+    assert f"```sql\n{SCHEMA}```" in docs.read_text()
