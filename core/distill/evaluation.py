@@ -19,6 +19,7 @@ from core.distill.teachers._linear import linear_blend
 from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
 from core.tensors.formats import Federated, Pairs
+from core.tensors.lda import LDA
 from core.tensors.shards import Array
 
 RAW, MEAN, GLOBAL = "raw", "mean target", "global rotation"
@@ -94,7 +95,7 @@ class Evaluation:
         return whole
 
 
-def held_out(pairs: Pairs, model: Federated) -> tuple[Array, int]:
+def held_out(pairs: Pairs, model: Federated | LDA) -> tuple[Array, int]:
     """Pick the rows to judge on: held out when the model was fitted, each query once.
 
     Returns:
@@ -119,7 +120,7 @@ def held_out(pairs: Pairs, model: Federated) -> tuple[Array, int]:
     return kept, len(rows) - len(kept)
 
 
-def unseen(pairs: Pairs, model: Federated) -> tuple[Array, int]:
+def unseen(pairs: Pairs, model: Federated | LDA) -> tuple[Array, int]:
     """Pick the rows of other pairs to judge on: each query once, none the model was trained on.
 
     Returns:

@@ -15,16 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from core.distill.answering import Answering, checked_rows, in_mode, place_of
 from core.distill.students.projection_transformer import ProjectionTransformer
 from core.errors import SpecInvalid
 from core.specs.architectures import whole_number
+from core.tensors.lda import LDA, without_questions
 
 BATCHES = (1, 32, 4096)
 WARM_UPS, LEAST_ROUNDS = 3, 5
 MEASURED_SECONDS = 0.5
 """How long both sides of one batch size are measured together, once warm."""
+TEMPERATURE = 0.05
+"""Of synthetic teachers; it costs the same whatever it is."""
 Clock = Callable[[], float]
 
 
@@ -184,14 +188,12 @@ def measure_crossover(
     """
     m = dim if out_dim is None else out_dim
     student_for = student_for or (lambda _: ProjectionTransformer(dim, 4, 2, 512, out_dim=m))
-    generator = torch.Generator().manual_seed(seed)
     heads = sorted({whole_number(n, "clusters", least=1) for n in clusters})
     found = []
     for n in heads:
-        centroids, answers, queries = (
-            nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=1)
-            for rows, width in ((n, dim), (n, m), (max(batches), dim))
-        )
+        model, queries = synthetic_lda(n, dim=dim, width=m, rows=max(batches), seed=seed)
+        assert model.answers is not None
+        centroids, answers = torch.from_numpy(model.centroids), torch.from_numpy(model.answers)
         teacher, student = teacher_for(centroids, answers), student_for(n)
         place = place_of(student)
         teacher = teacher.to(place.device)
@@ -202,6 +204,22 @@ def measure_crossover(
         ]  # fmt: skip
     order = {size: number for number, size in enumerate(batches)}
     return sorted(found, key=lambda each: (order[each.batch], each.heads))
+
+
+def synthetic_lda(heads: int, *, dim: int, width: int, rows: int, seed: int) -> tuple[LDA, Tensor]:
+    """Make a teacher of random unit heads, and ``rows`` random unit queries [rows, dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    centroids, answers, queries = (
+        nn.functional.normalize(torch.randn(count, size, generator=generator), dim=1)
+        for count, size in ((heads, dim), (heads, width), (rows, dim))
+    )
+    model = without_questions(
+        centroids.numpy(),
+        answers=answers.numpy(),
+        cluster_ids=[str(head) for head in range(heads)],
+        manifest={"temperature": TEMPERATURE},
+    )
+    return model, queries
 
 
 def measure(
@@ -227,7 +245,7 @@ def measure(
         lda=mine,
         transformer=theirs,
         lda_flops=flops_lda(heads, queries.shape[1], answer_dim),
-        transformer_flops=_flops_of(config),
+        transformer_flops=_flops_of(config) or counted_flops(transformer, queries),
         lda_bytes=_bytes(lda),
         transformer_bytes=_bytes(transformer),
     )
@@ -252,6 +270,13 @@ def flops_transformer(
     m = embed_dim if out_dim is None else out_dim
     layer = 4 * embed_dim**2 + 4 * embed_dim * ff_dim
     return 2 * embed_dim**2 + num_layers * layer + 2 * embed_dim * m
+
+
+def counted_flops(side: Answering, queries: Tensor) -> int:
+    """Count a query's operations in matrix products, as torch dispatches them for one query."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), in_mode(side, training=False):
+        side(queries[:1])
+    return int(counter.get_total_flops())
 
 
 def crossover(measurements: Sequence[Measurement]) -> list[Crossover]:

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context, rcParamsDefault
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.distill.latency import Crossover, Measurement, crossover
-from core.distill.report_parts import INK, QUIET, STRONG
+from core.distill.report_parts import INK, QUIET, STRONG, plain, save_figure
 
 HEADER = ("batch", "heads", "LDA ms", "p95", "student ms", "p95", "faster")
 
@@ -62,6 +60,7 @@ FIT = (
 )
 
 
+@plain
 def draw_crossover(path: Path, measurements: Sequence[Measurement]) -> None:
     """Draw both sides' time per query against the number of heads, one panel per batch size.
 
@@ -73,16 +72,14 @@ def draw_crossover(path: Path, measurements: Sequence[Measurement]) -> None:
         SpecInvalid: there are none.
     """
     crossings = crossover(measurements)
-    with rc_context(rcParamsDefault):
-        figure = Figure(figsize=(1 + 3 * len(crossings), 3.6), layout="constrained")
-        panels = figure.subplots(1, len(crossings), squeeze=False)[0]
-        for axes, found in zip(panels, crossings, strict=True):
-            _panel(axes, [each for each in measurements if each.batch == found.batch], found)
-        panels[0].set_ylabel("ms per query, median")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-        FigureCanvasAgg(figure)
-        figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+    figure = Figure(figsize=(1 + 3 * len(crossings), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(crossings), squeeze=False)[0]
+    for axes, found in zip(panels, crossings, strict=True):
+        _panel(axes, [each for each in measurements if each.batch == found.batch], found)
+    panels[0].set_ylabel("ms per query, median")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    save_figure(figure, path)
 
 
 def _panel(axes: Any, rows: list[Measurement], found: Crossover) -> None:

@@ -126,7 +126,9 @@ class Kind:
     example: Mapping[str, Any]
     """A spec that validates, shown in the docs."""
     outputs: Mapping[str, str] = field(default_factory=dict)
-    """Name -> format of what a finished job offers, so that a chain can be checked when posted."""
+    """Name -> format of what a finished job may offer: a chain is checked when it is posted."""
+    timed: bool = False
+    """Whether its files tell how long things took, so that no two runs make the same bytes."""
 
 
 def kinds() -> Mapping[str, Kind]:

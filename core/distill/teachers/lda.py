@@ -46,13 +46,13 @@ class LdaTeacher:
         self.dtype = getattr(torch, spec.dtype)
         self.temperature = spec.temperature or model.temperature
         answers, maps = (
-            None if values is None else torch.from_numpy(values)
+            None if values is None else self._tensor(values)
             for values in (model.answers, model.maps)
         )
-        heads = MultiHeadLDA(
-            torch.from_numpy(model.centroids), answers, maps=maps, temperature=self.temperature
+        # Of this dtype from the start: directions are divided out in it.
+        self.heads = MultiHeadLDA(
+            self._tensor(model.centroids), answers, maps=maps, temperature=self.temperature
         )
-        self.heads = heads.to(self.device, self.dtype)
 
     @property
     def queries(self) -> Array:

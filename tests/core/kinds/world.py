@@ -50,6 +50,8 @@ class World:
         self.engine, self.clock, self.folder = engine, clock, folder
         self.store = store or LocalStore(folder / "store")
         self.keep = "best_and_latest"
+        self.others: list[str] = []
+        """Jobs of ``chain`` beside the first of each kind."""
         self.runner: Runner = make_runner(engine, self.store, clock, folder)
 
     def upload(self, pairs: Pairs) -> str:
@@ -138,9 +140,66 @@ class World:
             codebook={"method": "combined", "n_components": 4},
             compat="legacy",  # other bivectors than cache_targets': a chunk found again makes none
         )
-        lda = self.submit(kind="fit_lda", pairs=pairs, mode="maps", temperature=0.1)
+        lda, benchmark = self._lda_chain(pairs)
+        held_out = self._code_chain(pairs)
         jobs = (
             *(fit, cache, distill, sweep, evaluate),
-            *(combined, echo, export, taken_in, codebook, lda),
+            *(combined, echo, export, taken_in, codebook, lda, benchmark, held_out),
         )
         return {self.job(job_id).kind: job_id for job_id in jobs}
+
+    def _lda_chain(self, pairs: str) -> tuple[str, str]:
+        """Fit LDAs of both modes, distil one, judge and time it; return what is new of kind."""
+        maps = self.submit(kind="fit_lda", pairs=pairs, mode="maps", temperature=0.1, name="maps")
+        fit = self.submit(kind="fit_lda", pairs=pairs)
+        cache = self.submit(kind="cache_targets", model=f"{maps}/model", name="maps")
+        distill = self.submit(
+            kind="distill",
+            model=f"{fit}/model",
+            student={"name": "projection_transformer", "num_layers": 1, "ff_dim": 16},
+            training={**TRAINING, "accumulate": 2},
+            name="lda",
+        )
+        judged = self.submit(
+            kind="evaluate",
+            pairs=pairs,
+            model=f"{fit}/model",
+            student=f"{distill}/student",
+            name="lda",
+        )
+        benchmark = self.submit(
+            kind="benchmark",
+            model=f"{fit}/model",
+            student=f"{distill}/student",
+            clusters=[3, 9],
+            batches=[1, 16],
+            seconds=0.01,
+        )
+        self.others += [maps, cache, distill, judged]
+        return fit, benchmark
+
+    def _code_chain(self, pairs: str) -> str:
+        """Hold rows out, distil codes by a curriculum, judge them; return what is new of kind."""
+        held = self.submit(kind="hold_out", pairs=pairs)
+        distill = self.submit(
+            kind="distill",
+            model=f"{held}/model",
+            student={
+                "name": "hierarchical",
+                "levels": [2, 4],
+                "level_weights": [0.7, 0.3],
+                "hidden": 16,
+                "decoder": 8,
+            },
+            training={
+                **TRAINING,
+                "curriculum": {"stages": 2, "order": "easy_first"},
+                "epochs_per_chunk": 2,
+            },
+            name="codes",
+        )
+        judged = self.submit(
+            kind="evaluate", model=f"{held}/model", student=f"{distill}/student", name="codes"
+        )
+        self.others += [distill, judged]
+        return held
