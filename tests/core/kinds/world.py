@@ -138,8 +138,9 @@ class World:
             codebook={"method": "combined", "n_components": 4},
             compat="legacy",  # other bivectors than cache_targets': a chunk found again makes none
         )
+        held_out = self.submit(kind="hold_out", pairs=pairs)
         jobs = (
             *(fit, cache, distill, sweep, evaluate),
-            *(combined, echo, export, taken_in, codebook),
+            *(combined, echo, export, taken_in, codebook, held_out),
         )
         return {self.job(job_id).kind: job_id for job_id in jobs}
