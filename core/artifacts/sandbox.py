@@ -86,7 +86,7 @@ def canonical_name(file_name: str) -> str:
     """Return a harmless display name: the last part, printable, ending in .safetensors."""
     last = PurePosixPath(file_name.replace("\\", "/")).name
     shown = "".join(letter for letter in last if letter.isprintable())
-    for ending in (".gz", ".tar", ".tgz", ".zip", ".npz", ".db", ".safetensors"):
+    for ending in (".gz", ".tar", ".tgz", ".zip", ".npz", ".db", ".pt", ".pth", ".safetensors"):
         shown = shown.removesuffix(ending)
     return f"{shown.strip('. ')[:150] or 'imported'}.safetensors"
 

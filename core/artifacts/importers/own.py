@@ -1,11 +1,11 @@
-"""A .safetensors file: pairs, or of a format of our own; checked and written canonically."""
+"""A .safetensors file: pairs, embeddings, or of a format of our own; checked, in one form."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import caches, codebook, pairs
+from core.artifacts.importers import caches, codebook, embeddings, pairs
 from core.artifacts.limits import Limits
 from core.errors import DataInvalid, TooLarge
 from core.tensors import shards
@@ -45,13 +45,17 @@ def from_file(
             return caches.from_tensors(source, target, what=what, limits=limits)
     if told == "codebook":
         return "codebook", *codebook.from_file(source, target)
+    if told == "embeddings":
+        return "embeddings", *embeddings.from_file(source, target)
     if set(pairs.NEEDED) <= names and "rotations" not in names:
         tensors, _ = shards.load(source)
         return "pairs", *pairs.from_tensors(target, tensors)
+    if embeddings.looks_like(names):
+        return "embeddings", *embeddings.from_tensors(source, target)
     raise DataInvalid(
         f"the .safetensors holds {', '.join(sorted(names)[:12]) or 'nothing'}; needed pairs "
-        "(query_embeddings, target_embeddings), or a federated_model, lda_model, codebook, "
-        "bivectors_cache or targets_cache written by this service"
+        "(query_embeddings, target_embeddings), embeddings, or a federated_model, lda_model, "
+        "codebook, bivectors_cache or targets_cache written by this service"
     )
 
 

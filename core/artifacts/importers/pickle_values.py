@@ -1,6 +1,7 @@
 """What a pickle of plain data may name and build. Each entry of the table makes data, no more."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,27 @@ CALLS: dict[str, Callable[..., Any]] = {
 """What may be called, by the name in the pickle. Each entry builds data and nothing else."""
 
 NAMED_ONLY = ("numpy ndarray",)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What pickles of one sort of file may say."""
+
+    calls: Mapping[str, Callable[..., Any]]
+    """By the name in the pickle; each builds data and nothing else."""
+    named_only: tuple[str, ...]
+    """Known names that only other calls look at."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Names that stand for a text."""
+    persistent: Callable[[Any], Any] | None = None
+    """Turns a persistent id into data; None: persistent ids are refused."""
+    skips_attributes: bool = False
+    """Whether attributes set on a dict are read over: torch notes versions of modules there."""
+    allowed: str = ALLOWED
+    """What to save instead, in words."""
+
+
+PLAIN = Dialect(CALLS, NAMED_ONLY)
 
 
 def check_keys(keys: Iterable[Any]) -> None:

@@ -1,7 +1,8 @@
 """Reads a pickle of plain data. It interprets the opcodes itself: nothing is imported or called.
 
 A pickle is a program, and Python's own loader is never used on a foreign one. This machine knows
-only the opcodes that build containers, scalars, text, numpy arrays and paths (given as text).
+only the opcodes that build containers, scalars, text, numpy arrays and paths (given as text), and
+names only what the file's dialect lists.
 """
 
 import io
@@ -11,9 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from core.artifacts.importers.pickle_values import (
-    ALLOWED,
-    CALLS,
-    NAMED_ONLY,
+    PLAIN,
+    Dialect,
     Dtype,
     Global,
     PendingArray,
@@ -26,8 +26,8 @@ _MARK = object()
 _DAMAGED = (ValueError, IndexError, KeyError, OverflowError, EOFError, struct.error)
 
 
-def loads(data: bytes, *, limits: Limits) -> Any:
-    """Return the plain data a pickle describes.
+def loads(data: bytes, *, limits: Limits, dialect: Dialect = PLAIN) -> Any:
+    """Return the plain data a pickle describes; ``dialect`` says what else it may hold.
 
     Raises:
         DataInvalid: it names a forbidden global, uses an opcode plain data never needs, is
@@ -36,7 +36,7 @@ def loads(data: bytes, *, limits: Limits) -> Any:
     """
     if len(data) > limits.pickle_bytes:
         raise TooLarge(f"the pickle has {len(data)} bytes; the limit is {limits.pickle_bytes}")
-    machine = _Machine()
+    machine = _Machine(dialect)
     try:
         stream = io.BytesIO(data)
         for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
@@ -47,15 +47,16 @@ def loads(data: bytes, *, limits: Limits) -> Any:
             raise DataInvalid("bytes follow the end of the pickle; one pickle a file")
     except _DAMAGED as error:
         raise DataInvalid(f"the pickle is truncated or damaged ({error})") from error
-    return _Finish(limits.pickle_depth).value(machine.result(), 0)
+    return _Finish(limits.pickle_depth, dialect).value(machine.result(), 0)
 
 
 class _Machine:
     """The stack, the memo and the opcodes that plain data needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: Dialect) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self._dialect = dialect
 
     def step(self, name: str, arg: Any) -> None:
         """Do one opcode."""
@@ -72,7 +73,13 @@ class _Machine:
         elif name == "GLOBAL":
             self.name(arg)
         elif name not in _SKIPPED:
-            raise DataInvalid(f"the pickle uses {name}, which plain data never needs; {ALLOWED}")
+            self.refuse(name)
+
+    def refuse(self, name: str) -> None:
+        """Raise DataInvalid for an opcode that nothing allowed needs."""
+        raise DataInvalid(
+            f"the pickle uses {name}, which plain data never needs; {self._dialect.allowed}"
+        )
 
     def result(self) -> Any:
         """Return the one value left at the end."""
@@ -116,9 +123,13 @@ class _Machine:
 
     def name(self, name: str) -> None:
         """Push a known global, or refuse it by name."""
-        if name not in CALLS and name not in NAMED_ONLY:
+        known = self._dialect
+        if name in known.texts:
+            self.stack.append(known.texts[name])
+            return
+        if name not in known.calls and name not in known.named_only:
             shown = name.replace(" ", ".")[:120]
-            raise DataInvalid(f"the pickle asks for {shown!r}, which is forbidden; {ALLOWED}")
+            raise DataInvalid(f"the pickle asks for {shown!r}, which is forbidden; {known.allowed}")
         self.stack.append(Global(name))
 
     def name_from_stack(self) -> None:
@@ -131,12 +142,13 @@ class _Machine:
     def reduce(self) -> None:
         """Build what a known global builds from plain arguments."""
         called, args = self.take(2)
-        if not isinstance(called, Global) or called.name not in CALLS:
-            raise DataInvalid(f"the pickle calls a {type(called).__name__}; {ALLOWED}")
+        known = self._dialect
+        if not isinstance(called, Global) or called.name not in known.calls:
+            raise DataInvalid(f"the pickle calls a {type(called).__name__}; {known.allowed}")
         if not isinstance(args, tuple):
             raise DataInvalid("the pickle is damaged: a call without arguments")
         try:
-            self.stack.append(CALLS[called.name](*args))
+            self.stack.append(known.calls[called.name](*args))
         except TypeError as error:
             raise DataInvalid(
                 f"the pickle is damaged: {called.name} with {len(args)} arguments"
@@ -146,9 +158,19 @@ class _Machine:
         """Fill the array or dtype on top of the stack."""
         state = self.pop()
         filled = self.stack[-1]
-        if not isinstance(filled, PendingArray | Dtype):
-            raise DataInvalid(f"the pickle sets the state of a {type(filled).__name__}; {ALLOWED}")
-        filled.build(state)
+        if isinstance(filled, PendingArray | Dtype):
+            filled.build(state)
+        elif not (self._dialect.skips_attributes and type(filled) is type(state) is dict):
+            raise DataInvalid(
+                f"the pickle sets the state of a {type(filled).__name__}; {self._dialect.allowed}"
+            )
+
+    def refer(self) -> None:
+        """Replace a persistent id by the data it stands for."""
+        if self._dialect.persistent is None:
+            self.refuse("BINPERSID")
+        else:
+            self.stack.append(self._dialect.persistent(self.pop()))
 
     def append(self) -> None:
         """Put one item into the list below it."""
@@ -273,15 +295,17 @@ _ACTIONS: dict[str, Callable[[_Machine], None]] = {
     "STACK_GLOBAL": _Machine.name_from_stack,
     "REDUCE": _Machine.reduce,
     "BUILD": _Machine.build,
+    "BINPERSID": _Machine.refer,
 }
-"""Every other opcode (persistent ids, the extension registry, instances, buffers) is refused."""
+"""Every other opcode (text persistent ids, extensions, instances, buffers) is refused."""
 
 
 class _Finish:
     """Swaps the arrays in, copies each container once, and bounds the nesting."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, dialect: Dialect) -> None:
         self._depth = depth
+        self._allowed = dialect.allowed
         self._done: dict[int, Any] = {}
 
     def value(self, value: Any, depth: int) -> Any:
@@ -289,7 +313,7 @@ class _Finish:
         if isinstance(value, PendingArray):
             return value.finished()
         if isinstance(value, Global | Dtype):
-            raise DataInvalid(f"the pickle holds a class or a dtype as a value; {ALLOWED}")
+            raise DataInvalid(f"the pickle holds a class or a dtype as a value; {self._allowed}")
         if not isinstance(value, list | tuple | dict):
             return value
         if depth >= self._depth:

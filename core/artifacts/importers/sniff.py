@@ -5,12 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import archive, caches, codebook, federated, lda_db, own, pairs
+from core.artifacts.importers import (
+    archive,
+    caches,
+    checkpoint,
+    codebook,
+    embeddings,
+    federated,
+    lda_db,
+    own,
+    pairs,
+)
 from core.artifacts.limits import Budget, Limits
 from core.errors import DataInvalid
 
 ALLOWED = (
-    "allowed: .npz or .safetensors with query_embeddings and target_embeddings; .zip, .tar or "
+    "allowed: .npz or .safetensors with query_embeddings and target_embeddings; .pt, .npz or "
+    ".safetensors with embeddings; .zip, .tar or "
     ".tar.gz with NAME.pkl and its folder NAME/; .npz with bivectors, with targets, or with "
     "planes; .npz with query_embeddings, query_cluster and answer_embeddings; an lda.db; a "
     "federated_model, lda_model, codebook, bivectors_cache or targets_cache .safetensors"
@@ -60,11 +71,11 @@ def _read_zip(source: Path, target: Path, scratch: Path, budget: Budget) -> Read
             return Read(*caches.from_npz(source, target, arrays=arrays, budget=budget))
         if codebook.looks_like(names):
             return Read("codebook", *codebook.from_npz(source, target, budget=budget))
+        if embeddings.looks_like(arrays):
+            return Read("embeddings", *embeddings.from_npz(source, target, budget=budget))
         return Read("pairs", *pairs.from_npz(source, target, budget=budget))
-    if any(name.endswith("/data.pkl") for name in names) and any(
-        name.endswith("/version") for name in names
-    ):
-        raise DataInvalid(f"a PyTorch checkpoint; save its tensors as .safetensors; {ALLOWED}")
+    if checkpoint.looks_like(names):
+        return Read("embeddings", *checkpoint.from_zip(source, target, budget=budget))
     if not names:
         raise DataInvalid(f"the archive is empty; {ALLOWED}")
     files = archive.extract_zip(source, scratch, budget)
