@@ -172,6 +172,14 @@ def test_wrong_options_are_named(db: Path, arguments: str, words: str) -> None:
     assert words in failed(db, arguments, code=2)
 
 
+def test_a_place_that_cannot_be_written_is_said_before_training(db: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = run(db, f"{QUICK} --output {tmp_path}/file/student.pt")
+    assert ended.exit_code == 1
+    assert "file" in ended.stderr
+    assert "epochs" not in ended.stdout
+
+
 def test_files_that_are_no_database_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("no database")
     assert "Error" in failed(tmp_path / "text.db", QUICK)
