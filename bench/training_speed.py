@@ -43,12 +43,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bench._report import Figure, options, print_table, verdict
 from core.distill.curriculum import TrainingData, teacher_answers, training_data
+from core.distill.curriculum import anchored as by_anchor
 from core.distill.students._base import build_student
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
+from core.specs.losses import Losses
 from core.specs.students import Canonical, GeodesicAttention, NlerpGeodesic, RotorProduct, Student
 from core.specs.teachers import Rotational
-from core.specs.training import Losses, Training
+from core.specs.training import Training
 from core.tensors.formats import Federated
 
 ROWS, WIDTH, CLUSTERS, EPOCHS, ROUNDS, THREADS = 10_000, 768, 8, 5, 3, 2
@@ -244,7 +246,7 @@ class PlainLayer(nn.Module):
 
 def plain(data: TrainingData, size: int, *, anchored: bool, seed: int) -> Course:
     """Train document 000's student as it describes; the clock covers the epochs alone."""
-    every = data.real.queries @ data.teacher.anchor if anchored else data.real.queries
+    every = by_anchor(data.teacher, data.real.queries) if anchored else data.real.queries
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = nn.Sequential(*(PlainLayer() for _ in range(LAYERS)))

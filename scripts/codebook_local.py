@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -32,13 +32,14 @@ from core.distill.report import write_report
 from core.distill.state import TrainState
 from core.distill.students._base import StudentModule, build_student
 from core.distill.target_cache import CHECKPOINT_INTERVAL, cached_targets
-from core.distill.teachers._base import Bivectors, TeacherModel, teachers
+from core.distill.teachers._base import Bivectors, RotationTeacher, teachers
 from core.distill.teachers._federated import fingerprint
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.teachers.rotational_jax import JaxRotationalTeacher
 from core.distill.training import remarks, run_epochs
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations import codebook as codebooks
+from core.specs.sizes import Sizes
 from core.specs.students import check_router
 from core.tensors.caches import read_claims
 from core.tensors.codebooks import save_codebook_npz
@@ -133,14 +134,15 @@ def find_logs(plan: Plan, model: Federated) -> Bivectors | None:
 
 def train(plan: Plan, model: Federated) -> None:
     """Targets, training, judgement, files."""
-    plan.student.check_width(model.queries.shape[1])
-    plan.teacher.check_width(model.queries.shape[1])
+    sizes = Sizes.of(model.meta())
+    plan.student.check_sizes(sizes)
+    plan.teacher.check_width(sizes.dim)
     check_router(plan.student, plan.teacher)
     plan.training.check_teacher(answers_new=plan.teacher.answers_new)
     logs = find_logs(plan, model)
     plan = measured(plan, model, logs)
     build = teachers()[plan.teacher.name].build
-    teacher = build(model, plan.teacher, plan.local_device(), logs)
+    teacher = cast("RotationTeacher", build(model, plan.teacher, plan.local_device(), logs))
     targets = find_targets(plan, teacher)
     data = training_data(teacher, targets, plan.training, seed=plan.seed)
     state = start_or_resume(plan, teacher, targets)
@@ -205,7 +207,7 @@ def _taught_before(plan: Plan, model: Federated) -> str | None:
     return None
 
 
-def find_targets(plan: Plan, teacher: TeacherModel) -> torch.Tensor:
+def find_targets(plan: Plan, teacher: RotationTeacher) -> torch.Tensor:
     """Return the teacher's answers to its model's training queries, none routed through itself."""
     queries = teacher.model.queries
     with bar("targets") as report:
@@ -228,7 +230,7 @@ def find_targets(plan: Plan, teacher: TeacherModel) -> torch.Tensor:
     return torch.from_numpy(found)
 
 
-def start_or_resume(plan: Plan, teacher: TeacherModel, targets: torch.Tensor) -> TrainState:
+def start_or_resume(plan: Plan, teacher: RotationTeacher, targets: torch.Tensor) -> TrainState:
     """Begin training, or go on from the checkpoint.
 
     Raises:
@@ -267,7 +269,7 @@ def start_or_resume(plan: Plan, teacher: TeacherModel, targets: torch.Tensor) ->
 
 def judge(
     plan: Plan,
-    teacher: TeacherModel,
+    teacher: RotationTeacher,
     data: TrainingData,
     student: StudentModule,
     targets: torch.Tensor,
@@ -310,7 +312,7 @@ def _left_out(student: StudentModule, data: TrainingData, rows: torch.Tensor) ->
 
 
 def judge_on(
-    path: Path, plan: Plan, teacher: TeacherModel, student: StudentModule
+    path: Path, plan: Plan, teacher: RotationTeacher, student: StudentModule
 ) -> judged.Evaluation:
     """Judge on the queries of other pairs that the model was not trained on."""
     model = teacher.model

@@ -17,7 +17,7 @@ from core.distill.latency import BATCHES, benchmark_latency, measure_crossover
 from core.distill.latency_report import advise
 from core.distill.lda import MultiHeadLDA
 from core.distill.projection import evaluate_distillation, train_distillation
-from core.distill.students._projection import ProjectionTransformer
+from core.distill.students.projection_transformer import ProjectionTransformer
 from core.errors import DataInvalid, SpecInvalid
 from core.specs.architectures import covering_architecture, optimal_architecture
 from core.tensors.lda import LDA

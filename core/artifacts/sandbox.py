@@ -40,7 +40,8 @@ class Imported:
     path: Path
     """In the working folder, under a made-up name."""
     format: str
-    """``pairs``, ``federated_model``, ``bivectors_cache`` or ``targets_cache``."""
+    """``pairs``, ``federated_model``, ``lda_model``, ``codebook``, ``bivectors_cache`` or
+    ``targets_cache``."""
     file_name: str
     """The name a person gets when downloading; never part of a path."""
     media_type: str
@@ -85,7 +86,7 @@ def canonical_name(file_name: str) -> str:
     """Return a harmless display name: the last part, printable, ending in .safetensors."""
     last = PurePosixPath(file_name.replace("\\", "/")).name
     shown = "".join(letter for letter in last if letter.isprintable())
-    for ending in (".gz", ".tar", ".tgz", ".zip", ".npz", ".safetensors"):
+    for ending in (".gz", ".tar", ".tgz", ".zip", ".npz", ".db", ".safetensors"):
         shown = shown.removesuffix(ending)
     return f"{shown.strip('. ')[:150] or 'imported'}.safetensors"
 

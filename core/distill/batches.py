@@ -47,12 +47,13 @@ def epoch_batches(
     generator: torch.Generator,
     *,
     wanted: Wanted,
+    pool: Tensor,
     first: int,
     on_block: Callable[[], None],
 ) -> Iterator[list[Examples]]:
     """Yield the batches ``first`` and later of an epoch that shows the training queries.
 
-    Every training query once; beside them made queries and centroids, in parts. All randomness
+    Every row of the pool once; beside them made queries and centroids, in parts. All randomness
     is drawn before the first batch, so the generator ends up the same wherever one begins.
 
     Args:
@@ -60,11 +61,12 @@ def epoch_batches(
         plan: from ``batch_plan``.
         generator: on the CPU, as it stood when the epoch began.
         wanted: what else is read of them.
+        pool: [t] int64 rows of ``data.real``, from ``epoch_pool``.
         first: batches that were shown before.
         on_block: called before the teacher answers a block of made queries.
     """
     device = data.train.device
-    order = data.train[torch.randperm(len(data.train), generator=generator).to(device)]
+    order = pool[torch.randperm(len(pool), generator=generator).to(device)]
     span = max(1, MADE_ROWS // plan.made) if plan.made else 1  # batches of a block of made queries
     seeds = torch.randint(SEEDS, (-(-plan.steps // span),), generator=generator).tolist()
     replayed = None
@@ -79,12 +81,28 @@ def epoch_batches(
             if made is None or step % span == 0:
                 block = step // span
                 rows_made = min(span, plan.steps - block * span) * plan.made
-                made = data.made(rows_made, _seeded(seeds[block]), on_block)
+                made = data.made(
+                    rows_made, _seeded(seeds[block]), on_block, with_anchor=wanted.anchored
+                )
             start = step % span * plan.made
             batch.append(take(made, torch.arange(start, start + plan.made, device=device)))
         if replayed is not None:
             batch.append(take(data.centroids, replayed[step]))
         yield batch
+
+
+def epoch_pool(data: TrainingData, training: Training, epoch: int) -> Tensor:
+    """Return the rows that an epoch shows: [t] int64, all of ``data.train`` unless told easy first.
+
+    Easy first: the share that the stage allows, the easiest rows, repeated until there are as many
+    as in any other epoch (Bengio et al. 2009).
+    """
+    told = training.curriculum
+    if told is None or told.order == "shuffled":
+        return data.train
+    share = (training.stage_of(epoch) + 1) / told.stages
+    easy = data.by_ease[: max(1, round(share * len(data.train)))]
+    return easy.repeat(-(-len(data.train) // len(easy)))[: len(data.train)]
 
 
 def centroid_batches(
@@ -112,6 +130,23 @@ def take(examples: Examples, rows: Tensor) -> Examples:
         exclude=examples.exclude.index_select(0, rows),
         anchored=_rows(examples.anchored, rows),
     )
+
+
+def parts(batch: list[Examples], count: int) -> list[tuple[list[Examples], float]]:
+    """Cut a batch into ``count`` parts of rows, each with its share of them; real rows stay first.
+
+    Fewer where it has fewer real rows: a part without any has nothing to retrieve among.
+    """
+    count = min(count, *(len(part) for part in batch))
+    if count == 1:
+        return [(batch, 1.0)]
+    device, total = batch[0].queries.device, sum(len(part) for part in batch)
+    cut = [torch.arange(len(part), device=device).tensor_split(count) for part in batch]
+    found = []
+    for number in range(count):
+        some = [take(part, rows[number]) for part, rows in zip(batch, cut, strict=True)]
+        found.append((some, sum(len(part) for part in some) / total))
+    return found
 
 
 def shown(batch: list[Examples], wanted: Wanted) -> Shown:

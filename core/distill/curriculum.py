@@ -34,11 +34,11 @@ class Examples:
     queries: Tensor
     """[R, d] float32."""
     teacher: Tensor
-    """[R, d] float32 targets."""
+    """[R, m] float32 targets."""
     mixture: Mixture | None
-    """The teacher's weights; None where nobody asked for them."""
+    """The teacher's weights; None where nobody asked for them, or it has none."""
     candidates: Tensor | None
-    """[R, d] float32: true targets to retrieve among; None where nobody asked for them, and of
+    """[R, m] float32: true targets to retrieve among; None where nobody asked for them, and of
     made queries."""
     exclude: Tensor
     """[R, e] int64: rows of the training queries that the teacher excluded; -1 for none."""
@@ -78,7 +78,20 @@ class TrainingData:
     @cached_property
     def anchored(self) -> Tensor:
         """[n, d] float32, q G of ``real``: one product for all epochs, not one in every step."""
-        return self.real.queries @ self.teacher.anchor.float()
+        return anchored(self.teacher, self.real.queries)
+
+    @cached_property
+    def by_ease(self) -> Tensor:
+        """[t] int64: ``train``, those first whose answers have near neighbours, by mean cosine.
+
+        A row far from all others is hard: nothing beside it says where it belongs.
+        """
+        rows = self.train
+        units = functional.normalize(self.real.teacher[rows], dim=1)
+        count = min(NEIGHBOURS, len(rows) - 1)
+        own = torch.arange(len(rows), device=rows.device)
+        _, near = nearest(units, units, top_k=count, exclude_rows=own)
+        return rows[near.mean(dim=1).argsort(descending=True, stable=True)]
 
     @cached_property
     def neighbours(self) -> Tensor:
@@ -104,9 +117,11 @@ class TrainingData:
         Raises:
             DataInvalid: none is left.
         """
-        model, device = self.teacher.model, self.real.queries.device
-        found = torch.from_numpy(model.centroids).to(device)
-        cluster_of = torch.from_numpy(model.cluster_of).to(device)
+        device = self.real.queries.device
+        if self.teacher.centroids is None:
+            raise DataInvalid("centroids: this teacher has no clusters to show the centroids of")
+        found = torch.from_numpy(self.teacher.centroids).to(device)
+        cluster_of = torch.from_numpy(self.teacher.cluster_of).to(device)
         left = cluster_of[self.train].bincount(minlength=len(found)) > 0
         queries = found[left & (found.norm(dim=1) > 0)]
         if not len(queries):
@@ -120,11 +135,16 @@ class TrainingData:
             mixture=concatenate([mixture]),
             candidates=vectors,
             exclude=own[:, None],
-            anchored=queries @ self.teacher.anchor.float(),
+            anchored=None if self.teacher.anchor is None else anchored(self.teacher, queries),
         )
 
     def made(
-        self, count: int, generator: torch.Generator, on_block: Callable[[], None]
+        self,
+        count: int,
+        generator: torch.Generator,
+        on_block: Callable[[], None],
+        *,
+        with_anchor: bool,
     ) -> Examples:
         """Make queries by SLERP between neighbours plus tangent noise, and ask the teacher.
 
@@ -135,6 +155,7 @@ class TrainingData:
             count: how many.
             generator: on the CPU; advances by a fixed amount per query.
             on_block: called before each block is answered.
+            with_anchor: whether they are wanted by the teacher's anchor too.
         """
         parents = self._parents(count, generator)
         device = self.real.queries.device
@@ -145,15 +166,16 @@ class TrainingData:
             on_block()
             block = slice(start, start + MADE_ROWS)
             said = self.teacher.answers(queries[block], exclude_rows=exclude[block])
-            mixtures.append(said.mixture)
+            if said.mixture is not None:
+                mixtures.append(said.mixture)
             vectors.append(said.vectors.float())
         return Examples(
             queries=queries,
             teacher=torch.cat(vectors),
-            mixture=concatenate(mixtures),
+            mixture=concatenate(mixtures) if mixtures else None,
             candidates=None,
             exclude=exclude,
-            anchored=queries @ self.teacher.anchor.float(),
+            anchored=anchored(self.teacher, queries) if with_anchor else None,
         )
 
     def _parents(self, count: int, generator: torch.Generator) -> Tensor:
@@ -179,7 +201,7 @@ def training_data(
 
     Args:
         teacher: who answers made queries.
-        targets: [n, d], the teacher's answers to its model's training queries, none routed through
+        targets: [n, m], the teacher's answers to its model's training queries, none routed through
             itself or its duplicates.
         training: for ``validation_fraction``, of the distinct queries, and for what it asks of
             the teacher.
@@ -190,14 +212,14 @@ def training_data(
         SpecInvalid: the training asks for new queries, which this teacher cannot answer.
     """
     training.check_teacher(answers_new=teacher.answers_new)
-    model, device = teacher.model, teacher.device
+    device = teacher.device
     answers = targets if isinstance(targets, Tensor) else torch.from_numpy(targets)
-    if tuple(answers.shape) != model.queries.shape:
+    if tuple(answers.shape) != teacher.truths.shape:
         raise DataInvalid(
-            f"targets: shape {list(answers.shape)}; needed {list(model.queries.shape)}, one per "
+            f"targets: shape {list(answers.shape)}; needed {list(teacher.truths.shape)}, one per "
             "training query of the model"
         )
-    same = torch.from_numpy(teacher.own_rows(model.queries))
+    same = torch.from_numpy(teacher.own_rows(teacher.queries))
     firsts, which = same.unique(return_inverse=True)  # a row per distinct query; its number
     if len(firsts) < 4:
         raise DataInvalid(
@@ -209,10 +231,10 @@ def training_data(
     hidden[order[:held]] = True
     same = same.to(device)
     real = Examples(
-        queries=torch.from_numpy(model.queries).to(device),
+        queries=torch.from_numpy(teacher.queries).to(device),
         teacher=answers.to(device).float(),
         mixture=None,
-        candidates=torch.from_numpy(model.targets).to(device),
+        candidates=torch.from_numpy(teacher.truths).to(device),
         exclude=same[:, None],
         anchored=None,
     )
@@ -234,9 +256,9 @@ def teacher_answers(teacher: TeacherModel, on_rows: Callable[[int, int], None]) 
         on_rows: called with (queries answered, queries) before each block of ANSWERED_ROWS.
 
     Returns:
-        [n, d], none routed through itself or its duplicates.
+        [n, m], none routed through itself or its duplicates.
     """
-    queries = teacher.model.queries
+    queries = teacher.queries
     own = torch.from_numpy(teacher.own_rows(queries))
     vectors = []
     for start in range(0, len(queries), ANSWERED_ROWS):
@@ -244,6 +266,13 @@ def teacher_answers(teacher: TeacherModel, on_rows: Callable[[int, int], None]) 
         block = slice(start, start + ANSWERED_ROWS)
         vectors.append(teacher.targets(queries[block], exclude_rows=own[block]))
     return torch.cat(vectors)
+
+
+def anchored(teacher: TeacherModel, queries: Tensor) -> Tensor:
+    """Return [n, d] queries by the teacher's anchor, float32."""
+    if teacher.anchor is None:
+        raise DataInvalid("this teacher has no anchor for a student to start from")
+    return queries @ teacher.anchor.float()
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

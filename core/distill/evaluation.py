@@ -14,7 +14,7 @@ from torch import Tensor
 from core.distill.retrieval import Index, row_cosines
 from core.distill.routing import own_rows
 from core.distill.students._base import StudentModule
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.distill.teachers._linear import linear_blend
 from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
@@ -149,7 +149,7 @@ def how_split(manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def baseline_maps(teacher: TeacherModel, *, anchor: Array | None = None) -> dict[str, Map]:
+def baseline_maps(teacher: RotationTeacher, *, anchor: Array | None = None) -> dict[str, Map]:
     """Return every way of mapping queries that a student is compared to, by name.
 
     Args:
@@ -192,7 +192,7 @@ def mapped(function: Map, queries: Array, *, device: str | torch.device = "cpu")
 
 
 def baselines(
-    teacher: TeacherModel, queries: Array, *, anchor: Array | None = None
+    teacher: RotationTeacher, queries: Array, *, anchor: Array | None = None
 ) -> dict[str, Array]:
     """Map [Q, d] queries by each of ``baseline_maps``."""
     device = teacher.device

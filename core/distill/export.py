@@ -34,7 +34,7 @@ class Exported:
     safetensors: Path
     """``student.safetensors``: the same, config in the header."""
     onnx: Path
-    """``student.onnx``: ``queries`` [batch, d] -> ``vectors`` [batch, d], float32."""
+    """``student.onnx``: ``queries`` [batch, d] -> ``vectors`` [batch, m], float32."""
 
     def sizes(self) -> dict[str, int]:
         """Return bytes per file name."""
@@ -71,7 +71,9 @@ def export_student(
 def to_onnx(student: StudentModule) -> bytes:
     """Serialise the student's ``forward`` as an ONNX model with a free batch axis."""
     graph = Graph()
-    return graph.model(student.emit(graph, "queries"), dim=student.config["dim"])
+    return graph.model(
+        student.emit(graph, "queries"), dim=student.config["dim"], width=student.output_dim()
+    )
 
 
 def load_student(path: Path) -> StudentModule:

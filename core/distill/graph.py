@@ -68,12 +68,12 @@ class Graph:
             scan_input_directions=[int(backwards)] * len(inputs),
         )
 
-    def model(self, output: str, *, dim: int) -> bytes:
-        """Serialise: input ``queries`` [batch, dim], output ``vectors`` [batch, dim], float32."""
+    def model(self, output: str, *, dim: int, width: int) -> bytes:
+        """Serialise: input ``queries`` [batch, dim], output ``vectors`` [batch, width], float32."""
         self.nodes.append(helper.make_node("Identity", [output], ["vectors"], name="vectors"))
         ends = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", dim])
-            for name in ("queries", "vectors")
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+            for name, size in (("queries", dim), ("vectors", width))
         ]
         graph = helper.make_graph(
             self.nodes, "student", ends[:1], ends[1:], initializer=self.constants

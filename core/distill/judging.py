@@ -89,7 +89,7 @@ def judge(
         trained=bool(trainable(student)),
         held_in=shown.squares.cpu().numpy(),
         held_out=hidden.squares.cpu().numpy(),
-        groups=data.teacher.model.cluster_of[validation.cpu().numpy()],
+        groups=data.teacher.cluster_of[validation.cpu().numpy()],
         effective_rows=effective_rows(shown),
         effective_dim=effective_dim(shown),
     )
@@ -130,7 +130,7 @@ class Residuals:
 def _residuals(
     student: StudentModule, data: TrainingData, rows: Tensor, on_block: Callable[[], None]
 ) -> Residuals:
-    cluster_of = data.teacher.model.cluster_of
+    cluster_of = data.teacher.cluster_of
     groups = torch.from_numpy(cluster_of).to(rows.device)
     found: list[Residuals] = []
     for part in rows.split(BLOCK_ROWS):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core.distill.answering import Answering, checked_rows, in_mode, place_of
-from core.distill.students._projection import ProjectionTransformer
+from core.distill.students.projection_transformer import ProjectionTransformer
 from core.errors import SpecInvalid
 from core.specs.architectures import whole_number
 

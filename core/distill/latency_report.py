@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.distill.latency import Crossover, Measurement, crossover
-from core.distill.report import INK, QUIET, STRONG
+from core.distill.report_parts import INK, QUIET, STRONG
 
 HEADER = ("batch", "heads", "LDA ms", "p95", "student ms", "p95", "faster")
 

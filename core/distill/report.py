@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-from matplotlib import rc_context, rcParamsDefault
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.distill.evaluation import TEACHER, Evaluation, Row
+from core.distill.report_parts import (
+    INK,
+    QUIET,
+    STRONG,
+    degrees,
+    draw_loss,
+    plain,
+    save_figure,
+    settings_of,
+    write_json_report,
+)
 from core.distill.selection import Selection
 
-P = ParamSpec("P")
-SMALLEST_ANGLE = 1e-3
-"""Degrees; what is nearer is drawn here, for a log scale has no zero."""
-INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
 LABELLED = 16
 """Candidates up to which each has its name in the picture of their scores."""
 HEADER = (
@@ -55,14 +57,9 @@ def write_report(
         "hits_png": folder / "hits.png",
         "cosines_png": folder / "cosines.png",
     }
-    whole = {
-        "title": title,
-        "evaluation": evaluation.as_json(),
-        "facts": dict(facts or {}),
-        "history": [dict(row) for row in history],
-    }
-    text = json.dumps(whole, sort_keys=True, indent=1, allow_nan=False)
-    paths["report_json"].write_text(text + "\n", encoding="utf-8")
+    write_json_report(
+        paths["report_json"], evaluation.as_json(), title=title, history=history, facts=facts
+    )
     paths["report_md"].write_text(
         markdown(evaluation, title=title, facts=facts, trained=bool(history)), encoding="utf-8"
     )
@@ -107,46 +104,11 @@ def markdown(
         "",
         *(("![loss and validation cosine per epoch](loss_curve.png)", "") if trained else ()),
     ]
-    if facts:
-        settings = json.dumps(dict(facts), sort_keys=True, indent=1, allow_nan=False)
-        lines += ["```json", settings, "```", ""]
+    lines += settings_of(facts)
     return "\n".join(lines)
 
 
-def _plain(draw: Callable[P, None]) -> Callable[P, None]:
-    """Draw by matplotlib's own defaults, whatever a matplotlibrc of this machine says."""
-
-    @wraps(draw)
-    def plainly(*args: P.args, **kwargs: P.kwargs) -> None:
-        with rc_context(rcParamsDefault):
-            draw(*args, **kwargs)
-
-    return plainly
-
-
-@_plain
-def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Draw loss (log scale) and validation cosine against the epoch; says so where none ran."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    if not history:
-        axes.text(0.5, 0.5, "nothing to train: no epoch ran", ha="center", color=INK)
-        axes.set_axis_off()
-        _save(figure, path)
-        return
-    epochs = [row["epoch"] for row in history]
-    losses = [row["loss"] for row in history]
-    axes.plot(epochs, losses, color=INK, label="loss")
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
-    right = axes.twinx()
-    cosines = [row["validation_cosine"] for row in history]
-    right.plot(epochs, cosines, color=STRONG, label="validation cosine")
-    right.set_ylabel("cosine to the teacher", color=STRONG)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
-
-
-@_plain
+@plain
 def draw_hits(path: Path, evaluation: Evaluation) -> None:
     """Draw hit@1, 5 and 10 of every row as bars."""
     rows = evaluation.rows
@@ -165,10 +127,10 @@ def draw_hits(path: Path, evaluation: Evaluation) -> None:
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.05), xlabel="share of held-out queries")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-@_plain
+@plain
 def draw_cosines(path: Path, evaluation: Evaluation) -> None:
     """Draw how far every row is from the teacher, in degrees (log scale): mean, p95 and worst."""
     rows = [row for row in evaluation.rows if row.name != TEACHER]
@@ -176,7 +138,7 @@ def draw_cosines(path: Path, evaluation: Evaluation) -> None:
     axes = figure.subplots()
     places = range(len(rows))
     angles = [
-        [max(_degrees(cosine), SMALLEST_ANGLE) for cosine in cosines]
+        [degrees(cosine) for cosine in cosines]
         for cosines in zip(*((r.cosine_mean, r.cosine_p5, r.cosine_min) for r in rows), strict=True)
     ]
     axes.hlines(places, angles[0], angles[2], color=QUIET, linewidth=2)
@@ -188,11 +150,7 @@ def draw_cosines(path: Path, evaluation: Evaluation) -> None:
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="angle to the exact teacher, degrees")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    _save(figure, path)
-
-
-def _degrees(cosine: float) -> float:
-    return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
+    save_figure(figure, path)
 
 
 def draw_scores(path: Path, selection: Selection) -> None:
@@ -229,10 +187,10 @@ def draw_scores(path: Path, selection: Selection) -> None:
         axes.set_xscale("log")
     axes.margins(x=0.15, y=0.12)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-@_plain
+@plain
 def draw_explained(path: Path, explained: Sequence[float], *, together: float) -> None:
     """Draw what each plane of a codebook explains as bars, and what all do as a line.
 
@@ -246,18 +204,12 @@ def draw_explained(path: Path, explained: Sequence[float], *, together: float) -
     if not any(explained):
         axes.text(0.5, 0.5, "made from nothing: no share to show", ha="center", color=INK)
         axes.set_axis_off()
-        _save(figure, path)
+        save_figure(figure, path)
         return
     axes.bar(range(1, len(explained) + 1), explained, color=STRONG)
     axes.set(xlabel="plane", ylabel="share of the squared bivectors")
     figure.suptitle(f"{len(explained)} planes explain {100 * together:.1f} % together", color=INK)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG without its writer's version."""
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _line(row: Row) -> str:

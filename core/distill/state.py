@@ -17,7 +17,7 @@ from core.tensors import shards
 
 GENTLE = 0.05
 """Bases and angles learn at this share of the learning rate: a base's entries are near d^-1/2."""
-VERSION = 2
+VERSION = 3
 """Of the checkpoint's layout."""
 
 
@@ -36,11 +36,12 @@ class TrainState:
     """Averaged parameters, by name."""
     best: dict[str, Tensor]
     """The averaged parameters of the best epoch so far."""
-    best_cosine: float = -math.inf
+    best_score: float = -math.inf
+    """What validation said of it; the higher the better."""
     waited: int = 0
-    """Epochs since the validation cosine last gained ``min_delta``."""
+    """Epochs since the validation score last gained ``min_delta``."""
     waited_from: float = -math.inf
-    """The cosine that the next gain is measured from."""
+    """The score that the next gain is measured from."""
     flat: int = 0
     """Epochs without such a gain since the last one or the last cut."""
     cuts: int = 0
@@ -56,7 +57,8 @@ class TrainState:
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Of the epoch that has begun: float64 scalars, the sums of the loss and of its terms."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """One row per epoch: epoch, loss, every term, learning_rate, validation_cosine."""
+    """One row per epoch: epoch, loss, every term, learning_rate, the validation score; stage and
+    tau where there is a curriculum."""
     origin: dict[str, Any] = field(default_factory=dict)
     """JSON values: what it is trained on, for whoever goes on from a file alone."""
 
@@ -113,7 +115,7 @@ class TrainState:
         generator = torch.Generator()
         generator.set_state(tensors["generator"])
         facts = {name: manifest[name] for name in _FACTS}
-        for name in ("best_cosine", "waited_from"):
+        for name in ("best_score", "waited_from"):
             facts[name] = -math.inf if facts[name] is None else facts[name]
         ema, best, sums = (
             {name: value.to(device) for name, value in _under(tensors, f"{part}.").items()}
@@ -143,7 +145,7 @@ class TrainState:
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {name: getattr(self, name) for name in _FACTS}
-        for name in ("best_cosine", "waited_from"):
+        for name in ("best_score", "waited_from"):
             facts[name] = facts[name] if math.isfinite(facts[name]) else None
         return {
             **facts,
@@ -153,7 +155,7 @@ class TrainState:
 
 
 _FACTS = (
-    "best_cosine",
+    "best_score",
     "waited",
     "waited_from",
     "flat",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from core.distill.batches import Wanted, joined, shown
+from core.distill.batches import Wanted, joined, parts, shown
 from core.distill.curriculum import Examples
-from core.distill.losses._base import Batch, losses, total_loss
+from core.distill.losses._base import Batch, total_loss, weighed
 from core.distill.state import TrainState, trainable
 from core.errors import SpecInvalid
+from core.specs.losses import DEFAULTS
+
+PRIME = 1_000_003
+"""Apart from each other: what two seeds draw at neighbouring steps."""
 
 
 class Stepper:
@@ -24,22 +31,31 @@ class Stepper:
         learning = trainable(state.student)
         self._learning = [value.detach() for value in learning.values()]
         self._averages = [state.ema[name] for name in learning]
-        self._losses = state.training.losses.model_dump()
-        weighed = [loss for name, loss in losses().items() if self._losses[name]]
-        compared = any(loss.needs_router for loss in weighed)
+        student = state.student
+        self._losses = state.training.losses.weights(
+            student.compares, routes=student.has_router, decodes=student.decodes
+        )
+        terms = weighed(self._losses).values()
+        self._lengths = any(term.needs_lengths for term in terms)
+        compared = any(term.needs_router for term in terms)
         self.wanted = Wanted(
-            weights=state.student.takes_weights or (state.student.has_router and compared),
-            anchored=state.student.takes_anchored,
-            candidates=any(loss.needs_candidates for loss in weighed),
+            weights=student.takes_weights or (student.has_router and compared),
+            anchored=student.takes_anchored,
+            candidates=any(term.needs_candidates for term in terms),
         )
 
     def step(self, batch: list[Examples], rate: float) -> None:
         """Take one optimizer step at a learning rate; add the loss and its terms to the sums."""
         state = self.state
         assert state.optimizer is not None
-        loss, terms = self.loss(batch)
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        values: dict[str, Tensor] = {}
+        for part, share in parts(batch, state.training.accumulate):
+            with self._seeded():
+                loss, terms = self.loss(part)
+            (loss * share).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                values[name] = values.get(name, 0.0) + value.double() * share
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         state.optimizer.step()
@@ -47,9 +63,21 @@ class Stepper:
         state.step += 1
         state.within += 1
         self._average()
-        for name, value in {"loss": loss.detach(), **terms}.items():
+        for name, value in values.items():
             # float64, on the device: reading a number at every step would wait for the device.
-            state.sums[name] = state.sums.get(name, 0.0) + value.double()
+            state.sums[name] = state.sums.get(name, 0.0) + value
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Let a student draw the same at the same step, however the run was cut."""
+        state, student = self.state, self.state.student
+        if not student.draws:
+            yield
+            return
+        device = next(student.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed((state.generator.initial_seed() * PRIME + state.step) % 2**63)
+            yield
 
     def loss(self, batch: list[Examples]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch, and its terms before their weights.
@@ -64,19 +92,25 @@ class Stepper:
         narrow = self.state.training.precision == "bfloat16"
         with torch.autocast(asked.queries.device.type, torch.bfloat16, enabled=narrow):
             routed = self.state.student.routed(asked)
-        log_weights = routed.log_weights
+        log_weights, decoded = routed.log_weights, routed.decoded
+        vectors = routed.vectors.float()
+        if self._lengths:
+            vectors = self.state.student.with_lengths(vectors, asked.queries)
         seen = Batch(
-            student=routed.vectors.float(),
+            student=vectors,
             teacher=joined([part.teacher for part in batch]),
             candidates=batch[0].candidates,
             log_weights=None if log_weights is None else log_weights.float(),
             weights=asked.weights if self.wanted.weights else None,
+            decoded=None if decoded is None else decoded.float(),
+            tau=self.state.training.tau_of(self.state.epoch),
+            levels=self.state.student.levels,
         )
         loss, terms = total_loss(seen, self._losses)
         if not terms:
             raise SpecInvalid(
-                "training.losses: no term of weight above 0 applies to this student; allowed: any "
-                "of geodesic, cvar, retrieval_kl above 0",
+                "training.losses: no term of weight above 0 applies to this student; its default "
+                f"terms: {', '.join(DEFAULTS[self.state.student.compares])}",
                 pointer="/training/losses",
             )
         return loss, terms

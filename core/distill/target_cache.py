@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.errors import Conflict, DataInvalid
 from core.tensors.caches import (
     DIGEST_BYTES,
@@ -53,7 +53,7 @@ class Stored:
 
 
 def cached_targets(
-    teacher: TeacherModel,
+    teacher: RotationTeacher,
     queries: Array,
     *,
     path: Path,
@@ -121,7 +121,7 @@ def _places(digests: Array, known: Stored | None) -> Array:
     return np.array([rows.get(row.tobytes(), -1) for row in digests], np.int64)
 
 
-def _load(path: Path, teacher: TeacherModel, digests: Array) -> Stored:
+def _load(path: Path, teacher: RotationTeacher, digests: Array) -> Stored:
     """Read the file that is there; refuse one that none of the queries is in."""
     found = _read(path, teacher)
     if not (_places(digests, found) >= 0).any():
@@ -132,7 +132,7 @@ def _load(path: Path, teacher: TeacherModel, digests: Array) -> Stored:
     return found
 
 
-def _read(path: Path, teacher: TeacherModel) -> Stored:
+def _read(path: Path, teacher: RotationTeacher) -> Stored:
     """Read targets and digests of a file of this teacher."""
     with open_npz(path) as file:
         for name in ("fingerprint", "query_digests"):
@@ -163,7 +163,7 @@ def _read(path: Path, teacher: TeacherModel) -> Stored:
     return Stored(targets, digests)
 
 
-def _write(file: BinaryIO, stored: Stored, teacher: TeacherModel) -> None:
+def _write(file: BinaryIO, stored: Stored, teacher: RotationTeacher) -> None:
     targets = stored.targets
     blocks = cut(targets, max(1, _BLOCK_BYTES // targets[0].nbytes))
     settings: dict[str, Any] = {"top_k": teacher.top_k, "temperature": teacher.temperature}
@@ -179,7 +179,7 @@ def _write(file: BinaryIO, stored: Stored, teacher: TeacherModel) -> None:
 class _Parts:
     """The checkpoints: files of some rows each, one behind the other."""
 
-    def __init__(self, path: Path, teacher: TeacherModel, digests: Array) -> None:
+    def __init__(self, path: Path, teacher: RotationTeacher, digests: Array) -> None:
         self._path, self._teacher, self._digests = path, teacher, digests
 
     def load(self) -> list[Array]:
@@ -221,7 +221,7 @@ class _Parts:
 
 
 def _compute(
-    teacher: TeacherModel,
+    teacher: RotationTeacher,
     queries: Array,
     parts: _Parts,
     *,

@@ -11,10 +11,12 @@ from core.distill.batches import (
     batch_plan,
     centroid_batches,
     epoch_batches,
+    epoch_pool,
     left_out_answers,
     validation_batches,
 )
 from core.distill.curriculum import Examples, TrainingData
+from core.distill.neighbours import NEAREST, recall
 from core.distill.schedules import BatchPlan, learning_rate
 from core.distill.state import TrainState, assign, trainable
 from core.distill.stepping import Stepper
@@ -28,9 +30,12 @@ __all__ = [
     "remarks",
     "run_epochs",
     "run_steps",
+    "score_name",
     "steps_per_epoch",
     "trainable",
     "validation_cosine",
+    "validation_recall",
+    "validation_score",
 ]
 
 VALIDATED_ROWS = 1024
@@ -88,6 +93,34 @@ def steps_per_epoch(data: TrainingData, training: Training) -> int:
     return batch_plan(data, training).steps
 
 
+def score_name(student: StudentModule) -> str:
+    """Return what a student is validated by: ``validation_cosine`` or ``validation_recall``."""
+    return "validation_recall" if student.compares == "relations" else "validation_cosine"
+
+
+def validation_score(student: StudentModule, data: TrainingData) -> float:
+    """Judge a student on the validation rows; the higher the better, at most 1."""
+    if student.compares == "relations":
+        return validation_recall(student, data)
+    return validation_cosine(student, data)
+
+
+def validation_recall(student: StudentModule, data: TrainingData) -> float:
+    """Share of the validation rows' nearest by the teacher that are nearest by the codes too.
+
+    Both among the validation rows; of several nested codes the mean by their weight.
+    """
+    rows = data.validation
+    codes = torch.cat(
+        [left_out_answers(student, data, part) for part in rows.split(VALIDATED_ROWS)]
+    )
+    levels = student.levels or ((codes.shape[1], 1.0),)
+    teacher = data.real.teacher[rows]
+    count = max(1, min(NEAREST, len(rows) // 4))  # of few rows most are among the nearest 10
+    found = [recall(codes[:, :k], teacher, count=count) * weight for k, weight in levels]
+    return sum(found) / sum(weight for _, weight in levels)
+
+
 def validation_cosine(student: StudentModule, data: TrainingData) -> float:
     """Mean cosine to the teacher on the validation rows."""
     total = torch.zeros((), dtype=torch.float64, device=data.validation.device)
@@ -121,6 +154,8 @@ def _run(
     if state.optimizer is None:
         _judge_untrainable(stepper, data)
         return
+    if state.step == 0:  # a student that starts as its teacher is never made worse
+        state.best_score = _validate(state, data)
     done = 0
     while done < count and not state.stopped:
         some = min(count - done, plan.steps_of(state.epoch) - state.within)
@@ -173,6 +208,7 @@ def _batches(
         plan,
         generator,
         wanted=stepper.wanted,
+        pool=epoch_pool(data, state.training, state.epoch),
         first=state.within,
         on_block=on_block,
     )
@@ -181,24 +217,26 @@ def _batches(
 def _end_epoch(state: TrainState, data: TrainingData, plan: BatchPlan, rate: float) -> None:
     """Validate the average, keep the best, see whether to slow down or to stop."""
     means = {name: float(value) / state.within for name, value in state.sums.items()}
-    cosine = _validate(state, data)
+    score = _validate(state, data)
+    facts: dict[str, float] = {"learning_rate": rate, score_name(state.student): score}
+    told, stage = state.training.curriculum, state.training.stage_of(state.epoch)
+    if told is not None:
+        facts |= {"stage": float(stage), "tau": state.training.tau_of(state.epoch)}
     state.epoch, state.within, state.sums = state.epoch + 1, 0, {}
-    state.history.append(
-        {"epoch": state.epoch, **means, "learning_rate": rate, "validation_cosine": cosine}
-    )
-    if cosine > state.best_cosine:
-        state.best_cosine = cosine
+    state.history.append({"epoch": state.epoch, **means, **facts})
+    if score > state.best_score:
+        state.best_score = score
         state.best = {name: value.clone() for name, value in state.ema.items()}
-    if state.epoch > plan.warmup_epochs:
-        _judge_gain(state, cosine)
+    if state.epoch > plan.warmup_epochs and (told is None or stage == told.stages - 1):
+        _judge_gain(state, score)
     state.stopped = state.stopped or state.epoch >= state.training.epochs
 
 
-def _judge_gain(state: TrainState, cosine: float) -> None:
+def _judge_gain(state: TrainState, score: float) -> None:
     """Count the epochs without a gain of ``min_delta``; cut the learning rate or stop."""
     training = state.training
-    if cosine > state.waited_from + training.min_delta:
-        state.waited_from, state.waited, state.flat = cosine, 0, 0
+    if score > state.waited_from + training.min_delta:
+        state.waited_from, state.waited, state.flat = score, 0, 0
         return
     state.waited += 1
     state.flat += 1
@@ -210,14 +248,14 @@ def _judge_gain(state: TrainState, cosine: float) -> None:
 
 
 def _validate(state: TrainState, data: TrainingData) -> float:
-    """Validation cosine of the averaged parameters; the trained ones come back afterwards."""
+    """Validation score of the averaged parameters; the trained ones come back afterwards."""
     own = {name: value.detach().clone() for name, value in trainable(state.student).items()}
     assign(state.student, state.ema)
     state.student.retract()
     state.student.eval()
-    cosine = validation_cosine(state.student, data)
+    score = validation_score(state.student, data)
     assign(state.student, own)
-    return cosine
+    return score
 
 
 def _judge_untrainable(stepper: Stepper, data: TrainingData) -> None:
@@ -231,9 +269,7 @@ def _judge_untrainable(stepper: Stepper, data: TrainingData) -> None:
             for name, value in {"loss": loss, **terms}.items():
                 share = float(value) * len(part) / len(data.validation)
                 means[name] = means.get(name, 0.0) + share
-    cosine = _validate(state, data)
+    score, name = _validate(state, data), score_name(state.student)
     state.epoch += 1
-    state.history.append(
-        {"epoch": state.epoch, **means, "learning_rate": 0.0, "validation_cosine": cosine}
-    )
-    state.best_cosine, state.stopped = cosine, True
+    state.history.append({"epoch": state.epoch, **means, "learning_rate": 0.0, name: score})
+    state.best_score, state.stopped = score, True

@@ -72,7 +72,8 @@ def write_targets(
     facts = {
         "rows": sum(block["rows"] for block in listed),
         "dim": model.meta["dim"],
-        "clusters": model.meta["clusters"],
+        "target_dim": model.meta.get("target_dim", model.meta["dim"]),
+        "clusters": model.meta.get("clusters", 0),
         "model": model.sha256,
         "pairs": pairs,
         "teacher": dict(teacher),

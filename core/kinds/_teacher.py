@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from core.kinds._base import Chunk, Metric, Produced
+from core.kinds._base import Chunk, Input, Metric, Produced
 from core.kinds._files import blocks, float_bytes
+from core.specs.sizes import Sizes
+from core.specs.teachers import Weighing, check_reads, default_teacher
 
 if TYPE_CHECKING:
-    from core.distill.teachers._base import TeacherModel
-    from core.specs.teachers import Teacher
+    from core.distill.teachers._base import RotationTeacher, TeacherModel
+    from core.specs.teachers import OfRotations, Teacher
     from core.tensors.formats import Federated
     from core.tensors.shards import Array
 
@@ -25,9 +27,28 @@ ROWS_PER_STEP = 1024
 
 
 def teacher_bytes(model: Mapping[str, Any]) -> int:
-    """Return the memory of a teacher over a model: rotations, bivectors, training queries, work."""
-    clusters, dim, rows = model["clusters"], model["dim"], model["rows"]
-    return 2 * float_bytes(clusters, dim, dim) + 2 * float_bytes(rows, dim)
+    """Return the memory of a teacher over a model: maps, bivectors, training queries, work."""
+    sizes = Sizes.of(model)
+    maps = 2 if model.get("mode", "maps") == "maps" else 0  # an LDA of answers has none
+    rows = model.get("all_rows", sizes.rows)
+    return (
+        maps * float_bytes(sizes.clusters, sizes.dim, sizes.width)
+        + float_bytes(rows, sizes.dim)
+        + float_bytes(rows, sizes.width)
+        + 2 * float_bytes(sizes.clusters, sizes.dim + sizes.width)
+    )
+
+
+def told_or_default(told: Teacher | None, model: Input) -> Teacher:
+    """Return the teacher that is meant over a model.
+
+    Raises:
+        SpecInvalid: it does not answer over models of that format, or of that width.
+    """
+    teacher: Teacher = told or default_teacher(model.format)
+    check_reads(teacher, model.format)
+    teacher.check_width(model.meta["dim"])
+    return teacher
 
 
 def stored_bytes(spec: Teacher, pairs: Mapping[str, Any] | None) -> int:
@@ -42,7 +63,7 @@ _kept: dict[tuple[str, str, str, str | None], TeacherModel] = {}
 
 
 def bivector_block(
-    chunk: Chunk, model: Federated, spec: Teacher, start: int, stop: int
+    chunk: Chunk, model: Federated, spec: Weighing, start: int, stop: int
 ) -> Produced:
     """Return the file with the logarithms (and their norms) of clusters start..stop-1.
 
@@ -85,12 +106,20 @@ def load_teacher(
     return _kept[name]
 
 
+def load_rotations(
+    chunk: Chunk, sha256: str, spec: OfRotations, *, pairs: str | None = None
+) -> RotationTeacher:
+    """Build a teacher over a federated model; see ``load_teacher``."""
+    return cast("RotationTeacher", load_teacher(chunk, sha256, spec, pairs=pairs))
+
+
 def teacher_fingerprint(chunk: Chunk, sha256: str, spec: Teacher, *, pairs: str | None) -> str:
     """Return what identifies the teacher over a stored model; no logarithm is computed for it."""
     from core.distill.teachers._base import teachers
-    from core.tensors.formats import load_federated, load_pairs
+    from core.tensors.formats import load_pairs
+    from core.tensors.models import load_model
 
-    teacher = teachers()[spec.name].build(load_federated(chunk.fetch(sha256)), spec, "cpu", None)
+    teacher = teachers()[spec.name].build(load_model(chunk.fetch(sha256)), spec, "cpu", None)
     if pairs is not None and not spec.answers_new:
         teacher = teacher.knowing(load_pairs(chunk.fetch(pairs)))
     return teacher.fingerprint()
@@ -102,11 +131,12 @@ def _build(chunk: Chunk, model_path: Path, spec: Teacher) -> TeacherModel:
     from core.distill.teachers._base import Bivectors, teachers
     from core.tensors import shards
     from core.tensors.formats import load_federated
+    from core.tensors.models import load_model
 
-    model = load_federated(model_path)
     build = teachers()[spec.name].build
-    if not spec.needs_logs:
-        return build(model, spec, chunk.device, None)
+    if not spec.needs_logs or not isinstance(spec, Weighing):
+        return build(load_model(model_path), spec, chunk.device, None)
+    model = load_federated(model_path)
     clusters, d, _ = model.rotations.shape
     values = torch.empty(clusters, d, d, dtype=getattr(torch, spec.dtype))
     norms = torch.empty(clusters, dtype=torch.float64)

@@ -12,10 +12,18 @@ from pydantic import Field
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Metric, Produced, Stage
 from core.kinds._files import blocks, float_bytes, read_json, write_json
-from core.kinds._teacher import ROWS_PER_BLOCK, load_teacher, target_block, teacher_bytes
+from core.kinds._teacher import (
+    ROWS_PER_BLOCK,
+    load_teacher,
+    target_block,
+    teacher_bytes,
+    told_or_default,
+)
+from core.registry import LOSS_PLUGINS, names
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.students import Student, check_router
-from core.specs.teachers import Rotational, Teacher, parse_teacher
+from core.specs.sizes import Sizes
+from core.specs.students import Student, check_learns, check_losses, check_router
+from core.specs.teachers import Teacher, parse_teacher
 from core.specs.training import Training
 
 if TYPE_CHECKING:
@@ -28,12 +36,16 @@ if TYPE_CHECKING:
 class TrainingSpec(JobSpec):
     """Which teacher students are trained on, and how."""
 
-    model: Annotated[Reference, Reads("federated_model")] = Field(description="The teacher's.")
+    model: Annotated[Reference, Reads("federated_model", "lda_model", "embeddings")] = Field(
+        description="The teacher's."
+    )
     targets: Annotated[Reference, Reads("targets")] | None = Field(
         None, description="Of cache_targets on the same model; null: computed (or found) here."
     )
     teacher: Teacher | None = Field(
-        None, description="null: as the targets were made, or the defaults where there are none."
+        None,
+        description="null: as the targets were made; without them 'rotational', over an lda_model "
+        "'lda', over embeddings 'checkpoint'.",
     )
     training: Training = Training()
 
@@ -43,12 +55,12 @@ def told_teacher(spec: TrainingSpec, inputs: Mapping[str, Input]) -> Teacher:
     if "targets" in inputs:
         made: Teacher = parse_teacher(inputs["targets"].meta["teacher"])
         return made
-    return spec.teacher or Rotational()
+    return told_or_default(spec.teacher, inputs["model"])
 
 
 def epoch_chunks(training: Training) -> int:
-    """How many chunks of ``epochs_per_chunk`` train a student, one after another."""
-    return len(blocks(training.epochs, training.epochs_per_chunk))
+    """How many chunks of ``epochs_per_chunk``, none over a stage's end, train a student."""
+    return len(training.epoch_blocks())
 
 
 def train_chunks(spec: TrainingSpec, inputs: Mapping[str, Input]) -> int:
@@ -64,7 +76,7 @@ def train_chunks(spec: TrainingSpec, inputs: Mapping[str, Input]) -> int:
     plan = BatchPlan.of(
         spec.training,
         rows=model["rows"],
-        centroids=model["clusters"],
+        centroids=model.get("clusters", 0),
         answers_new=told_teacher(spec, inputs).answers_new,
     )
     return math.ceil(plan.total_steps / spec.training.checkpoint_interval)
@@ -75,7 +87,8 @@ def needed_bytes(model: Mapping[str, Any]) -> int:
 
     The teacher; queries, also by its anchor, and targets with mixtures and a batch's work.
     """
-    return teacher_bytes(model) + 7 * float_bytes(model["rows"], model["dim"])
+    sizes = Sizes.of(model)
+    return teacher_bytes(model) + 7 * float_bytes(sizes.rows, max(sizes.dim, sizes.width))
 
 
 def targets_stage(spec: TrainingSpec, inputs: Mapping[str, Input]) -> Stage:
@@ -85,8 +98,8 @@ def targets_stage(spec: TrainingSpec, inputs: Mapping[str, Input]) -> Stage:
     if "targets" in inputs:
         _check_targets(spec, inputs["targets"].meta, inputs["model"].sha256)
         count = 0
-    if spec.training.targets == "on_the_fly":
-        count = 0
+    if spec.training.targets == "on_the_fly" or not told_teacher(spec, inputs).answers_new:
+        count = 0  # what is stored already is looked up where it is needed
     return Stage("targets", count, memory_bytes=needed_bytes(model))
 
 
@@ -96,11 +109,34 @@ def check_student(spec: TrainingSpec, student: Student, inputs: Mapping[str, Inp
     Raises:
         SpecInvalid: which field, its value and what is allowed.
     """
-    student.check_width(inputs["model"].meta["dim"])
+    model = inputs["model"]
+    sizes = Sizes.of(model.meta)
+    check_learns(student, model.format)
+    student.check_sizes(sizes)
     told = told_teacher(spec, inputs)
-    told.check_width(inputs["model"].meta["dim"])
     check_router(student, told)
     spec.training.check_teacher(answers_new=told.answers_new)
+    if not sizes.clusters and (
+        spec.training.centroid_warmup_epochs or spec.training.centroid_replay
+    ):
+        raise SpecInvalid(
+            "training.centroid_warmup_epochs and centroid_replay: the model has no clusters; "
+            "allowed: 0",
+            pointer="/training/centroid_warmup_epochs",
+        )
+    check_losses(spec.training, student, sizes)
+    _check_custom(spec.training)
+
+
+def _check_custom(training: Training) -> None:
+    """Refuse terms of the loss that nothing here brings."""
+    known = names("core.distill.losses", LOSS_PLUGINS)
+    for name in training.losses.custom:
+        if name not in known:
+            raise SpecInvalid(
+                f"training.losses.custom.{name}: no such term; allowed: {', '.join(known)}",
+                pointer=f"/training/losses/custom/{name}",
+            )
 
 
 def _check_targets(spec: TrainingSpec, made: Mapping[str, Any], model: str) -> None:
@@ -135,7 +171,7 @@ def teacher_spec(spec: TrainingSpec, chunk: Chunk) -> Teacher:
     if spec.targets is not None:
         made: Teacher = parse_teacher(chunk.input("targets").meta["teacher"])
         return made
-    return spec.teacher or Rotational()
+    return told_or_default(spec.teacher, chunk.input("model"))
 
 
 def teacher_of(spec: TrainingSpec, chunk: Chunk) -> TeacherModel:
@@ -146,8 +182,8 @@ def teacher_of(spec: TrainingSpec, chunk: Chunk) -> TeacherModel:
 def make_targets(spec: TrainingSpec, chunk: Chunk) -> ChunkResult:
     """Answer one block of the model's training queries."""
     teacher = teacher_of(spec, chunk)
-    start, stop = blocks(len(teacher.model.queries), ROWS_PER_BLOCK)[chunk.index]
-    made, speed = target_block(chunk, teacher, teacher.model.queries[start:stop])
+    start, stop = blocks(len(teacher.queries), ROWS_PER_BLOCK)[chunk.index]
+    made, speed = target_block(chunk, teacher, teacher.queries[start:stop])
     return ChunkResult(checkpoints={"targets": made}, metrics=speed)
 
 
@@ -176,7 +212,8 @@ def data_of(spec: TrainingSpec, chunk: Chunk) -> TrainingData:
     teacher = teacher_of(spec, chunk)
     if chunk.job_id not in _kept:
         _kept.clear()
-        if spec.training.targets == "on_the_fly":
+        stored = not teacher.answers_new and spec.targets is None
+        if stored or spec.training.targets == "on_the_fly":
             targets = teacher_answers(teacher, chunk.progress).cpu().numpy()
         else:
             targets = _load_targets(spec, chunk)
@@ -219,13 +256,23 @@ def train_some(
     first = state.epoch
     interval = spec.training.checkpoint_interval
     if interval is None:
-        run_epochs(state, data, first, first + spec.training.epochs_per_chunk, chunk.progress)
+        ends = (last for start, last in spec.training.epoch_blocks() if start == first)
+        run_epochs(state, data, first, next(ends, first), chunk.progress)
     else:
         run_steps(state, data, interval, chunk.progress)
     path = chunk.workdir / "state.safetensors"
     state.save(path)
     made = Produced(path, "train_state", path.name, meta={"epoch": state.epoch, "step": state.step})
     return state, made, state.history[first:]
+
+
+SCORES = ("validation_cosine", "validation_recall")
+"""By one of which a student is validated, whatever it is."""
+
+
+def last_score(history: list[dict[str, float]]) -> float:
+    """Return what validation said last."""
+    return next(history[-1][name] for name in SCORES if name in history[-1])
 
 
 def curves(rows: list[dict[str, float]], *, suffix: str = "") -> list[Metric]:

@@ -32,9 +32,11 @@ from core.kinds._teacher import (
     stored_bytes,
     target_block,
     teacher_bytes,
+    told_or_default,
 )
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.teachers import Rotational, Teacher
+from core.specs.sizes import Sizes
+from core.specs.teachers import Teacher, Weighing
 
 if TYPE_CHECKING:
     from core.tensors.shards import Array
@@ -44,11 +46,16 @@ class Spec(JobSpec):
     """Which teacher answers which queries."""
 
     kind: Literal["cache_targets"] = "cache_targets"
-    model: Annotated[Reference, Reads("federated_model")] = Field(description="The teacher's.")
+    model: Annotated[Reference, Reads("federated_model", "lda_model", "embeddings")] = Field(
+        description="The teacher's."
+    )
     pairs: Annotated[Reference, Reads("pairs")] | None = Field(
         None, description="Whose queries are answered; null: the model's own training queries."
     )
-    teacher: Teacher = Rotational()
+    teacher: Teacher | None = Field(
+        None,
+        description="null: 'rotational'; over an lda_model 'lda', over embeddings 'checkpoint'.",
+    )
     rows_per_chunk: int = Field(
         ROWS_PER_BLOCK,
         ge=16,
@@ -65,16 +72,26 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
         raise SpecInvalid(
             f"pairs have {asked['dim']} dimensions, the model {model['dim']}", pointer="/pairs"
         )
-    spec.teacher.check_width(model["dim"])
+    told = told_or_default(spec.teacher, inputs["model"])
+    if told.reads == "embeddings" and "pairs" in inputs:
+        raise SpecInvalid(
+            "pairs: teacher 'checkpoint' answers its own stored inputs alone; leave it null",
+            pointer="/pairs",
+        )
     teacher = teacher_bytes(model)
-    teacher += stored_bytes(spec.teacher, asked if "pairs" in inputs else None)
-    logs = len(blocks(model["clusters"], CLUSTERS_PER_BLOCK)) if spec.teacher.needs_logs else 0
-    block = float_bytes(min(BLOCK_ENTRIES, asked["rows"] * asked["dim"]))
+    teacher += stored_bytes(told, asked if "pairs" in inputs else None)
+    logs = len(blocks(model["clusters"], CLUSTERS_PER_BLOCK)) if told.needs_logs else 0
+    wide = max(asked["dim"], Sizes.of(model).width)
+    block = float_bytes(min(BLOCK_ENTRIES, asked["rows"] * wide))
     return [
         Stage("bivectors", logs, memory_bytes=teacher),
         Stage("targets", len(_blocks(spec, asked)), memory_bytes=teacher + 4 * block),
         Stage("list", 1),
     ]
+
+
+def _teacher(spec: Spec, chunk: Chunk) -> Teacher:
+    return told_or_default(spec.teacher, chunk.input("model"))
 
 
 def _blocks(spec: Spec, asked: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -93,18 +110,18 @@ def _bivectors(spec: Spec, chunk: Chunk) -> ChunkResult:
 
     model = load_federated(chunk.fetch(chunk.input("model").sha256))
     start, stop = blocks(len(model.rotations), CLUSTERS_PER_BLOCK)[chunk.index]
+    told = _teacher(spec, chunk)
+    assert isinstance(told, Weighing), "no other teacher has a chunk here"
     chunk.progress(0, 1)
-    return ChunkResult(
-        checkpoints={"bivectors": bivector_block(chunk, model, spec.teacher, start, stop)}
-    )
+    return ChunkResult(checkpoints={"bivectors": bivector_block(chunk, model, told, start, stop)})
 
 
 def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
     pairs = None if spec.pairs is None else chunk.input("pairs").sha256
-    teacher = load_teacher(chunk, chunk.input("model").sha256, spec.teacher, pairs=pairs)
+    teacher = load_teacher(chunk, chunk.input("model").sha256, _teacher(spec, chunk), pairs=pairs)
     asked = chunk.input("model" if spec.pairs is None else "pairs").meta
     start, stop = _blocks(spec, asked)[chunk.index]
-    queries = _queries(spec, chunk, teacher.model.queries, start, stop)
+    queries = _queries(spec, chunk, teacher.queries, start, stop)
     made, speed = target_block(chunk, teacher, queries)
     return ChunkResult(checkpoints={"targets": made}, metrics=speed)
 
@@ -120,7 +137,7 @@ def _list(spec: Spec, chunk: Chunk) -> ChunkResult:
     made = write_targets(
         chunk,
         chunk.outputs("targets"),
-        teacher=spec.teacher.model_dump(mode="json"),
+        teacher=_teacher(spec, chunk).model_dump(mode="json"),
         pairs=spec.pairs and chunk.input("pairs").sha256,
     )
     return ChunkResult(outputs={"targets": made})

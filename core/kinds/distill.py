@@ -14,6 +14,7 @@ from core.kinds._training import (
     check_student,
     curves,
     export_files,
+    last_score,
     made_file,
     make_targets,
     needed_bytes,
@@ -23,14 +24,18 @@ from core.kinds._training import (
 )
 from core.specs.base import Reads, Reference
 from core.specs.codebooks import MOST_PLANES
-from core.specs.students import Canonical, RotorProduct, Student
+from core.specs.students import Canonical, Student, default_student
 
 
 class Spec(TrainingSpec):
     """Which teacher, which student, and how to train."""
 
     kind: Literal["distill"] = "distill"
-    student: Student = RotorProduct()
+    student: Student | None = Field(
+        None,
+        description="null: 'rotor_product'; over an lda_model 'hierarchical_router', over "
+        "embeddings 'hierarchical'.",
+    )
     codebook: Annotated[Reference, Reads("codebook")] | None = Field(
         None,
         description="Planes that a 'canonical' student turns in, of build_codebook or uploaded; "
@@ -42,9 +47,8 @@ class Spec(TrainingSpec):
         if self.codebook is None:
             return self
         if not isinstance(self.student, Canonical):
-            raise ValueError(
-                f"codebook beside student '{self.student.name}': leave it null, or take 'canonical'"
-            )
+            name = "null" if self.student is None else f"'{self.student.name}'"
+            raise ValueError(f"codebook beside student {name}: leave it null, or take 'canonical'")
         for field in ("codebook", "n_components"):
             if getattr(self.student, field) is not None:
                 raise ValueError(f"codebook beside student.{field}: leave one of them null")
@@ -62,10 +66,14 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     ]
 
 
+def _student(spec: Spec, model: Input) -> Student:
+    return spec.student or default_student(model.format)
+
+
 def _planned(spec: Spec, inputs: Mapping[str, Input]) -> Student:
     """Return the student whose width is checked, after holding the codebook's against it."""
     if "codebook" not in inputs or not isinstance(spec.student, Canonical):
-        return spec.student
+        return _student(spec, inputs["model"])
     planes, dim = inputs["codebook"].meta, inputs["model"].meta["dim"]
     if planes["dim"] != dim:
         raise SpecInvalid(
@@ -92,27 +100,26 @@ def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
     before = chunk.latest("train").get("state")
-    state, made, rows = train_some(
-        spec, spec.student, before, chunk, codebook=_codebook(spec, chunk)
-    )
+    student = _student(spec, chunk.input("model"))
+    state, made, rows = train_some(spec, student, before, chunk, codebook=_codebook(spec, chunk))
     return ChunkResult(
         checkpoints={"state": made},
         metrics=curves(rows),
         # Inside an epoch nothing has been judged: such a checkpoint is never the best one.
-        score=1.0 - rows[-1]["validation_cosine"] if rows else None,
+        score=1.0 - last_score(rows) if rows else None,
         stage_done=state.stopped,
     )
 
 
 def _export(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.distill.report import draw_loss
+    from core.distill.report_parts import draw_loss
     from core.distill.state import TrainState
 
     state = TrainState.load(chunk.latest("train")["state"].path)
     chunk.progress(0, 2)
     codebook = _codebook(spec, chunk)
     beside = {} if codebook is None else {"codebook": codebook}
-    outputs = export_files(spec, spec.student, state, chunk, **beside)
+    outputs = export_files(spec, _student(spec, chunk.input("model")), state, chunk, **beside)
     chunk.progress(1, 2)
     picture = chunk.workdir / "loss_curve.png"
     draw_loss(picture, state.history)

@@ -1,4 +1,7 @@
-"""Judge a student on held-out queries, beside every simpler map and the exact teacher."""
+"""Judge a student on held-out rows, beside every simpler map and the exact teacher.
+
+What is judged depends on the model's format: one file each in ``core/kinds/_judges``.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.errors import DataInvalid, SpecInvalid
+from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
 from core.kinds._files import blocks, float_bytes, read_json, write_json
-from core.kinds._teacher import load_teacher, teacher_bytes
+from core.kinds._judges import codes, lda, rotations
+from core.kinds._judges._base import Asked, Judge, has_student
+from core.kinds._teacher import load_teacher, teacher_bytes, told_or_default
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.teachers import Rotational, Teacher, parse_teacher
+from core.specs.sizes import Sizes
+from core.specs.teachers import Teacher, parse_teacher
 
 if TYPE_CHECKING:
-    from core.distill.teachers._base import TeacherModel
-    from core.tensors.formats import Pairs
     from core.tensors.shards import Array
 
 ROWS_PER_CHUNK = 8192
@@ -24,34 +28,65 @@ TIMED_ROWS = 1024
 """Batch in which queries per second are measured."""
 TIMED_SECONDS = 0.2
 """For each way of mapping, after a warm-up."""
-
-
-TRUTH = (
-    "The teacher 'paired' is the true targets themselves: its row says what could be had, not what "
-    "a teacher finds."
-)
+JUDGES: Mapping[str, Judge] = {
+    "federated_model": rotations.JUDGE,
+    "lda_model": lda.JUDGE,
+    "embeddings": codes.JUDGE,
+}
+"""By the format of the model."""
+SORTS = {
+    "json": ("report", "application/json"),
+    "md": ("report_md", "text/markdown"),
+    "png": ("picture", "image/png"),
+}
+"""Format and media type of a report's file, by the end of its name."""
 
 
 class Spec(JobSpec):
-    """Which student, against which teacher, on which pairs."""
+    """Which student, against which teacher, on which rows."""
 
     kind: Literal["evaluate"] = "evaluate"
-    pairs: Annotated[Reference, Reads("pairs")] = Field(
+    pairs: Annotated[Reference, Reads("pairs")] | None = Field(
+        None,
         description="Those the model was fitted on (its held-out rows are judged), or others "
-        "(all rows are judged whose query it was not trained on)."
+        "(all rows are judged whose query it was not trained on). null over embeddings, which "
+        "have held-out rows of their own.",
     )
-    model: Annotated[Reference, Reads("federated_model")] = Field(description="The teacher's.")
+    model: Annotated[Reference, Reads("federated_model", "lda_model", "embeddings")] = Field(
+        description="The teacher's."
+    )
     student: Annotated[Reference, Reads("student")] | None = Field(
         None, description="null: the teacher and the baselines alone."
     )
     teacher: Teacher | None = Field(
-        None, description="null: the student's own, or the defaults where there is no student."
+        None, description="null: the student's own, or the model's default without a student."
     )
 
 
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
-    """Map blocks of queries every way, then judge."""
-    dim = inputs["model"].meta["dim"]
+    """Map blocks of rows every way, then judge."""
+    model = inputs["model"]
+    judge, sizes = JUDGES[model.format], Sizes.of(model.meta)
+    _check_inputs(judge, inputs, dim=sizes.dim)
+    if spec.teacher is not None:
+        told_or_default(spec.teacher, model)
+    most = judge.most(inputs)
+    asked = inputs["pairs"].meta["rows"] if "pairs" in inputs else most
+    needed = teacher_bytes(model.meta) + 4 * float_bytes(asked, max(sizes.dim, sizes.width))
+    return [
+        Stage("choose", 1, memory_bytes=needed),
+        Stage("map", len(blocks(most, ROWS_PER_CHUNK)), memory_bytes=needed),
+        Stage("judge", 1, memory_bytes=needed),
+    ]
+
+
+def _check_inputs(judge: Judge, inputs: Mapping[str, Input], *, dim: int) -> None:
+    """Refuse inputs that are not of this model."""
+    if judge.needs_pairs != ("pairs" in inputs):
+        said = "needed over" if judge.needs_pairs else "null over"
+        raise SpecInvalid(
+            f"pairs: {said} a model of format '{inputs['model'].format}'", pointer="/pairs"
+        )
     for name, given in inputs.items():
         if given.meta["dim"] != dim:
             raise SpecInvalid(
@@ -64,51 +99,44 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             "Judge it with its own model",
             pointer="/student",
         )
-    if spec.teacher is not None:
-        spec.teacher.check_width(dim)
-    own = inputs["model"].meta["pairs"] == inputs["pairs"].sha256
-    most = inputs["model"].meta["held_out"] if own else inputs["pairs"].meta["rows"]
-    if most == 0:
-        raise SpecInvalid("the model held no rows of these pairs out", pointer="/pairs")
-    needed = teacher_bytes(inputs["model"].meta) + 4 * float_bytes(
-        inputs["pairs"].meta["rows"], dim
-    )
-    return [
-        Stage("choose", 1, memory_bytes=needed),
-        Stage("map", len(blocks(most, ROWS_PER_CHUNK)), memory_bytes=needed),
-        Stage("judge", 1, memory_bytes=needed),
-    ]
 
 
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Run one chunk of whichever stage."""
     steps = {"choose": _choose, "map": _map, "judge": _judge}
-    return steps[chunk.stage](spec, chunk)
+    return steps[chunk.stage](_asked(spec, chunk), chunk, JUDGES[chunk.input("model").format])
 
 
-def _pairs(chunk: Chunk) -> Pairs:
-    from core.tensors.formats import load_pairs
-
-    return load_pairs(chunk.fetch(chunk.input("pairs").sha256))
-
-
-def _teacher(spec: Spec, chunk: Chunk) -> TeacherModel:
-    told = spec.teacher
+def _asked(spec: Spec, chunk: Chunk) -> Asked:
+    told, model = spec.teacher, chunk.input("model")
     if told is None and spec.student is not None:
         told = parse_teacher(chunk.input("student").meta["teacher"])
-    pairs = chunk.input("pairs").sha256
-    return load_teacher(chunk, chunk.input("model").sha256, told or Rotational(), pairs=pairs)
+    pairs = None if spec.pairs is None else chunk.input("pairs").sha256
+    return Asked(
+        chunk=chunk,
+        teacher=load_teacher(chunk, model.sha256, told_or_default(told, model), pairs=pairs),
+        seed=spec.seed,
+        title=spec.name or "Evaluation",
+        facts={
+            name: getattr(spec, name) and chunk.input(name).sha256
+            for name in ("pairs", "model", "student")
+        },
+        trained=_student_facts(chunk),
+    )
 
 
-def _choose(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.distill.evaluation import held_out, unseen
-    from core.tensors.formats import load_federated
+def _student_facts(chunk: Chunk) -> dict[str, Any]:
+    """Return what the student's file says about its training: ``history`` and ``words``."""
+    from core.distill.export import student_facts
 
-    model = load_federated(chunk.fetch(chunk.input("model").sha256))
-    own = model.manifest.get("pairs") == chunk.input("pairs").sha256
-    rows, dropped = (held_out if own else unseen)(_pairs(chunk), model)
-    if not len(rows):
-        raise DataInvalid("pairs: the model was trained on every one of these queries")
+    said: dict[str, Any] = {"history": [], "words": []}
+    if not has_student(chunk):
+        return said
+    return {**said, **student_facts(chunk.fetch(chunk.input("student").sha256))["facts"]}
+
+
+def _choose(asked: Asked, chunk: Chunk, judge: Judge) -> ChunkResult:
+    rows, dropped = judge.choose(asked)
     chosen = {"rows": rows.tolist(), "dropped": dropped}
     file = write_json(chunk.workdir / "rows.json", chosen, format_name="rows")
     return ChunkResult(checkpoints={"rows": file})
@@ -121,53 +149,25 @@ def _rows(chunk: Chunk) -> tuple[Array, int]:
     return np.array(chosen["rows"], dtype=np.int64), chosen["dropped"]
 
 
-def _map(spec: Spec, chunk: Chunk) -> ChunkResult:
-    from core.distill.evaluation import baselines, student_vectors
-    from core.distill.export import load_student
+def _map(asked: Asked, chunk: Chunk, judge: Judge) -> ChunkResult:
     from core.tensors import shards
 
     rows, _ = _rows(chunk)
-    pieces = blocks(len(rows), ROWS_PER_CHUNK)
+    mapped = judge.mapped(asked, rows)
+    pieces = blocks(len(mapped), ROWS_PER_CHUNK)
     if chunk.index >= len(pieces):
         # Some rows were dropped as repeats: nothing is left for this chunk.
         return ChunkResult()
-    teacher = _teacher(spec, chunk)
     start, stop = pieces[chunk.index]
-    queries = _pairs(chunk).queries[rows[start:stop]].astype("float32")
-    chunk.progress(0, 2)
-    outputs = baselines(teacher, queries, anchor=_global_rotation(teacher))
-    chunk.progress(1, 2)
-    if spec.student is not None:
-        student = load_student(_student_file(chunk))
-        outputs["student"] = student_vectors(student, queries, device=chunk.device)
+    outputs = judge.outputs(asked, mapped[start:stop])
     path = chunk.workdir / "vectors.safetensors"
     shards.save(path, outputs, {"names": list(outputs)})
     return ChunkResult(checkpoints={"vectors": Produced(path, "vectors", path.name)})
 
 
-def _global_rotation(teacher: TeacherModel) -> Array:
-    """The one rotation a student must beat: the model's anchor, or fitted where it has none."""
-    from core.distill.fitting import global_rotation
-
-    model = teacher.model
-    if model.manifest.get("anchor") == "global":
-        return model.anchor
-    return global_rotation(model.queries, model.targets)
-
-
-def _student_file(chunk: Chunk) -> Any:
-    """Give the stored student the suffix by which the reader knows it."""
-    link = chunk.workdir / "student.safetensors"
-    link.symlink_to(chunk.fetch(chunk.input("student").sha256))
-    return link
-
-
-def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
+def _judge(asked: Asked, chunk: Chunk, judge: Judge) -> ChunkResult:
     import numpy as np
 
-    from core.distill.choosing import edges
-    from core.distill.evaluation import evaluate, how_split
-    from core.distill.report import write_report
     from core.tensors import shards
 
     rows, dropped = _rows(chunk)
@@ -175,85 +175,37 @@ def _judge(spec: Spec, chunk: Chunk) -> ChunkResult:
     names = parts[0][1]["names"]
     outputs = {name: np.concatenate([tensors[name] for tensors, _ in parts]) for name in names}
     chunk.progress(0, 3)
-    targets = _pairs(chunk).targets.astype("float32")
-    trained = _student_facts(spec, chunk)
-    model = _teacher(spec, chunk).model
-    found = evaluate(
-        outputs,
-        targets,
-        rows,
-        seed=spec.seed,
-        dropped=dropped,
-        remarks=[
-            *how_split(model.manifest),
-            *edges(model.manifest),
-            *([] if _teacher(spec, chunk).answers_new else [TRUTH]),
-            *trained["words"],
-        ],
-    )
-    chunk.progress(1, 3)
-    files = write_report(
-        chunk.workdir,
-        found,
-        title=spec.name or "Evaluation",
-        history=trained["history"],
-        facts={name: given and chunk.input(name).sha256 for name, given in _given(spec).items()},
-    )
-    made = {
-        "report": Produced(files["report_json"], "report", "report.json", "application/json"),
-        "report_md": Produced(files["report_md"], "report_md", "report.md", "text/markdown"),
-        "hits": Produced(files["hits_png"], "picture", "hits.png", "image/png"),
-        "cosines": Produced(files["cosines_png"], "picture", "cosines.png", "image/png"),
-    }
-    if "loss_curve_png" in files:
-        picture = Produced(files["loss_curve_png"], "picture", "loss_curve.png", "image/png")
-        made["loss_curve"] = picture
+    found = judge.report(asked, outputs, rows, dropped)
     chunk.progress(2, 3)
-    return ChunkResult(outputs=made, metrics=_metrics(spec, chunk, found.rows, rows))
+    made = {}
+    for name, path in found.files.items():
+        sort, media = SORTS[name.rpartition("_")[2]]
+        made[name.removesuffix("_json").removesuffix("_png")] = Produced(
+            path, sort, path.name, media
+        )
+    speeds = [
+        Metric(f"queries_per_second/{name}", 0, speed)
+        for name, speed in _speeds(asked, judge, rows).items()
+    ]
+    return ChunkResult(outputs=made, metrics=[*found.metrics, *speeds])
 
 
-def _given(spec: Spec) -> dict[str, str | None]:
-    return {"pairs": spec.pairs, "model": spec.model, "student": spec.student}
-
-
-def _student_facts(spec: Spec, chunk: Chunk) -> dict[str, Any]:
-    """Return what the student's file says about its training: ``history`` and ``words``."""
-    from core.distill.export import student_facts
-
-    said: dict[str, Any] = {"history": [], "words": []}
-    if spec.student is None:
-        return said
-    return {**said, **student_facts(chunk.fetch(chunk.input("student").sha256))["facts"]}
-
-
-def _metrics(spec: Spec, chunk: Chunk, found: Sequence[Any], rows: Array) -> list[Metric]:
-    """What was judged, and what each way costs: timings are metrics, never part of a report."""
-    points = []
-    for row in found:
-        points += [Metric(f"hit@{k}/{row.name}", 0, value) for k, value in row.hits.items()]
-        points.append(Metric(f"cosine/{row.name}", 0, row.cosine_mean))
-    for name, speed in _speeds(spec, chunk, rows).items():
-        points.append(Metric(f"queries_per_second/{name}", 0, speed))
-    return points
-
-
-def _speeds(spec: Spec, chunk: Chunk, rows: Array) -> dict[str, float]:
+def _speeds(asked: Asked, judge: Judge, rows: Array) -> dict[str, float]:
+    """What each way costs: timings are metrics, never part of a report."""
     import numpy as np
     import torch
 
-    from core.distill.evaluation import MEAN, RAW, baseline_maps, throughput
-    from core.distill.export import load_student
+    from core.distill.evaluation import throughput
 
-    teacher = _teacher(spec, chunk)
-    batch = _pairs(chunk).queries[np.resize(rows, TIMED_ROWS)].astype("float32")
-    queries = torch.from_numpy(batch).to(chunk.device)
-    maps = baseline_maps(teacher, anchor=_global_rotation(teacher))
-    del maps[RAW], maps[MEAN]  # cost nothing
-    if spec.student is not None:
-        maps["student"] = load_student(_student_file(chunk)).to(chunk.device)
+    given = asked.given()[np.resize(rows, TIMED_ROWS)].astype("float32")
+    queries = torch.from_numpy(given).to(asked.chunk.device)
+    maps = judge.timed(asked)
+    student = asked.student()
+    if student is not None:
+        maps["student"] = student
     speeds = {}
     for name, function in maps.items():
-        chunk.progress(2, 3)
+        asked.chunk.progress(2, 3)
         speeds[name] = throughput(function, queries, seconds=TIMED_SECONDS)
     return speeds
 
@@ -262,7 +214,7 @@ KIND = Kind(
     spec=Spec,
     stages=stages,
     run_chunk=run_chunk,
-    summary="Judge a student on held-out queries.",
+    summary="Judge a student on held-out rows.",
     example={"kind": "evaluate", "pairs": "0" * 64, "model": "1" * 64, "student": "2" * 64},
     outputs={
         "report": "report",
@@ -270,5 +222,7 @@ KIND = Kind(
         "hits": "picture",
         "cosines": "picture",
         "loss_curve": "picture",
+        "recall": "picture",
+        "map": "picture",
     },
 )

@@ -22,7 +22,7 @@ from core.kinds._teacher import (
     teacher_fingerprint,
 )
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.teachers import Rotational, Teacher, parse_teacher
+from core.specs.teachers import OfRotations, Rotational, parse_teacher
 from core.tensors import caches, shards
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Spec(JobSpec):
     targets: Annotated[Reference, Reads("targets")] | None = Field(
         None, description="Of cache_targets or import_cache."
     )
-    teacher: Teacher | None = Field(
+    teacher: OfRotations | None = Field(
         None,
         description="``dtype`` and ``compat`` of the bivectors; null: as the targets' teacher, or "
         "the defaults where there are none.",
@@ -92,10 +92,10 @@ def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:
     return {"bivectors": _bivectors, "export": _export}[chunk.stage](spec, chunk)
 
 
-def _bivector_spec(spec: Spec, chunk: Chunk) -> Teacher:
+def _bivector_spec(spec: Spec, chunk: Chunk) -> OfRotations:
     """Return whose logarithms: the spec's, the targets' teacher's, else the default's."""
     if spec.teacher is None and spec.targets is not None:
-        told: Teacher = parse_teacher(chunk.input("targets").meta["teacher"])
+        told: OfRotations = parse_teacher(chunk.input("targets").meta["teacher"])
         return told
     return spec.teacher or Rotational()
 

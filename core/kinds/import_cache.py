@@ -36,16 +36,16 @@ from core.kinds._teacher import (
     CLUSTERS_PER_BLOCK,
     ROWS_PER_BLOCK,
     bivector_block,
-    load_teacher,
+    load_rotations,
     target_block,
     teacher_bytes,
 )
 from core.specs.base import JobSpec, Reads, Reference
-from core.specs.teachers import Rotational, Teacher
+from core.specs.teachers import OfRotations, Rotational
 from core.tensors import caches, shards
 
 if TYPE_CHECKING:
-    from core.distill.teachers._base import TeacherModel
+    from core.distill.teachers._base import RotationTeacher
     from core.tensors.formats import Federated
     from core.tensors.shards import Array
 
@@ -64,7 +64,7 @@ class Spec(JobSpec):
     pairs: Annotated[Reference, Reads("pairs")] | None = Field(
         None, description="Whose queries the targets answer; null: the model's own."
     )
-    teacher: Teacher = Rotational()
+    teacher: OfRotations = Rotational()
     verify: int = Field(
         64,
         ge=1,
@@ -185,7 +185,7 @@ def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
 
     asked = chunk.input("model" if spec.pairs is None else "pairs")
     pairs = None if spec.pairs is None else asked.sha256
-    teacher = load_teacher(chunk, chunk.input("model").sha256, spec.teacher, pairs=pairs)
+    teacher = load_rotations(chunk, chunk.input("model").sha256, spec.teacher, pairs=pairs)
     start, stop = _blocks(spec, asked.meta)[chunk.index]
     queries = query_rows(chunk, asked.sha256, start, stop)
     given = _given(chunk, teacher, queries, start, stop)
@@ -213,7 +213,7 @@ def _targets(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(checkpoints={"targets": made, "looked_at": looked}, metrics=metrics)
 
 
-def _given(chunk: Chunk, teacher: TeacherModel, queries: Array, start: int, stop: int) -> Array:
+def _given(chunk: Chunk, teacher: RotationTeacher, queries: Array, start: int, stop: int) -> Array:
     """Return the file's block, after holding against it what the file says of itself."""
     from core.distill.checking import check_digests
 
@@ -236,7 +236,7 @@ def _own_block(chunk: Chunk, targets: Array) -> Produced:
     return Produced(path, "target_block", path.name, meta={"rows": len(targets)})
 
 
-def _recomputed(teacher: TeacherModel, queries: Array) -> Array:
+def _recomputed(teacher: RotationTeacher, queries: Array) -> Array:
     """Return the teacher's answers; one that is a training query does not route through itself."""
     import torch
 

@@ -17,6 +17,7 @@ from core.kinds._training import (
     data_of,
     epoch_chunks,
     export_files,
+    last_score,
     made_file,
     make_targets,
     needed_bytes,
@@ -24,6 +25,8 @@ from core.kinds._training import (
     teacher_spec,
     train_some,
 )
+from core.specs.base import Reads, Reference
+from core.specs.sizes import Sizes
 from core.specs.students import RotorProduct, Student
 from core.specs.variants import MOST, Value, Variant, expand
 
@@ -36,6 +39,7 @@ class Spec(TrainingSpec):
     """Which teacher, which students, how to train them and by what to choose."""
 
     kind: Literal["sweep"] = "sweep"
+    model: Annotated[Reference, Reads("federated_model")] = Field(description="The teacher's.")
     students: Annotated[tuple[Student, ...], Field(min_length=1, max_length=MOST)] = Field(
         (RotorProduct(),), description="Those compared; with a grid, what its values change."
     )
@@ -112,7 +116,7 @@ def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str
             field = (error.pointer or "").rpartition("/")[2]
             pointer = f"/grid/{field}" if field in spec.grid else "/students"
             raise SpecInvalid(f"{variant.name}: {error.message}", pointer=pointer) from error
-        alike = variant.student.alike(dim=model["dim"], rows=model["rows"])
+        alike = variant.student.alike(Sizes.of(model))
         first = known.setdefault(alike, variant)
         if first is not variant:
             told, other = variant.student.model_dump(), first.student.model_dump()
@@ -146,7 +150,7 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(
         checkpoints={"state": made},
         metrics=curves(rows, suffix=f"/{variant.name}"),
-        score=1.0 - state.history[-1]["validation_cosine"],
+        score=1.0 - last_score(state.history),
     )
 
 
@@ -215,7 +219,7 @@ def _facts(spec: Spec, chunk: Chunk) -> dict[str, Any]:
             variant.name: {
                 "student": variant.student.model_dump(mode="json"),
                 "epochs": state["epoch"],
-                "best_validation_cosine": state["best_cosine"],
+                "best_validation_score": state["best_score"],
             }
             for variant, state in zip(spec.variants(), states, strict=True)
         },

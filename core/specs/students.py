@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -17,38 +17,23 @@ from core.specs.codebooks import (
     PrincipalPlanes,
     check_planes,
 )
-from core.specs.teachers import Weighing
+from core.specs.losses import DEFAULTS, EQUAL_WIDTH, OF_DECODER, OF_ROUTER, TEMPERED
+from core.specs.plain_students import (
+    Hierarchical,
+    HierarchicalRouter,
+    Linear,
+    Mlp,
+    ProjectionTransformer,
+)
+from core.specs.shaped import Shaped
+from core.specs.sizes import Sizes
+from core.specs.teachers import Answering
+from core.specs.training import Training
 
 ROUTER_HIDDEN = 256
 """Width of a learnt router that is told none."""
 ROUTER_RANK = 128
 """Rank of a projected router that is told none."""
-
-
-class Shaped(Closed):
-    """What every student's spec has."""
-
-    def check_width(self, dim: int) -> None:
-        """Raise SpecInvalid where a student of this width cannot be built."""
-        if dim < 2:
-            raise SpecInvalid(f"width {dim} has no plane to rotate in; allowed: 2 and more")
-
-    def as_built(self, *, dim: int, rows: int) -> Self:
-        """Return the same student with its fields as they act on a model.
-
-        What null means is told, and what a model has fewer of is cut: two specs of which this
-        is equal are one student.
-
-        Args:
-            dim: d, of the model.
-            rows: of its training queries.
-        """
-        del dim, rows
-        return self
-
-    def alike(self, *, dim: int, rows: int) -> str:
-        """Return what two specs have in common if and only if they are one map on this model."""
-        return self.as_built(dim=dim, rows=rows).model_dump_json()
 
 
 class Canonical(Shaped):
@@ -111,20 +96,19 @@ class Canonical(Shaped):
             )
         return self
 
-    def as_built(self, *, dim: int, rows: int) -> Self:
+    def as_built(self, sizes: Sizes) -> Self:
         """Tell the planes, canonical ones by their number; see Shaped."""
-        del rows
         planes = self.planes()
         if isinstance(planes, CanonicalPlanes):
             return self.model_copy(update={"codebook": None, "n_components": planes.n_components})
         if isinstance(planes, CombinedPlanes):
-            most = min(planes.planes_per_cluster, dim // 2)
+            most = min(planes.planes_per_cluster, sizes.dim // 2)
             planes = planes.model_copy(update={"planes_per_cluster": most})
         return self.model_copy(update={"codebook": planes})
 
-    def alike(self, *, dim: int, rows: int) -> str:
+    def alike(self, sizes: Sizes) -> str:
         """See Shaped; on disjoint planes two of the forms are one."""
-        built, planes = self.as_built(dim=dim, rows=rows), self.planes()
+        built, planes = self.as_built(sizes), self.planes()
         disjoint = not isinstance(planes, PrincipalPlanes) or planes.disjoint
         if disjoint and self.transformer_type == "bivector_blend":
             built = built.model_copy(update={"transformer_type": "composed"})
@@ -134,13 +118,13 @@ class Canonical(Shaped):
         """Return the codebook that is meant."""
         return self.codebook or CanonicalPlanes(n_components=self.n_components or PLANES)
 
-    def check_width(self, dim: int) -> None:
+    def check_sizes(self, sizes: Sizes) -> None:
         """Raise SpecInvalid where the width has too few planes, or the heads do not divide it."""
         if self.codebook is None:
-            check_planes(self.planes().n_components, dim, "/student/n_components")
+            check_planes(self.planes().n_components, sizes.dim, "/student/n_components")
         else:
-            self.codebook.check_width(dim, "/student/codebook")
-        self.check_heads(dim)
+            self.codebook.check_width(sizes.dim, "/student/codebook")
+        self.check_heads(sizes.dim)
 
     def check_heads(self, dim: int) -> None:
         """Raise SpecInvalid where the heads do not divide the width."""
@@ -189,15 +173,18 @@ class Routing(Shaped):
                 )
         return self
 
-    def as_built(self, *, dim: int, rows: int) -> Self:
+    def routes(self) -> bool:
+        """Whether the router is learnt."""
+        return self.router == "learnt"
+
+    def as_built(self, sizes: Sizes) -> Self:
         """Tell the router's size, and what else is bound by the width; see Shaped."""
-        del rows
         told: dict[str, int] = {}
         if self.router == "projected":
-            told["router_rank"] = min(self.router_rank or ROUTER_RANK, dim)
+            told["router_rank"] = min(self.router_rank or ROUTER_RANK, sizes.dim)
         elif self.router == "learnt":
             told["router_hidden"] = self.router_hidden or ROUTER_HIDDEN
-        return self.model_copy(update={**told, **self._bound(dim)})
+        return self.model_copy(update={**told, **self._bound(sizes.dim)})
 
     def _bound(self, dim: int) -> dict[str, int]:
         """Fields of the student's own that the width bounds."""
@@ -299,13 +286,16 @@ class GeodesicAttention(Shaped):
     )
     hidden: int = Field(1024, ge=1, le=16_384, description="Width of the gated MLP.")
 
-    def as_built(self, *, dim: int, rows: int) -> Self:
+    def routes(self) -> bool:
+        """Its attention over the slots says weights of the clusters."""
+        return True
+
+    def as_built(self, sizes: Sizes) -> Self:
         """Cut the slots to the queries there are; see Shaped."""
-        del dim
-        return self.model_copy(update={"slots": min(self.slots, rows)})
+        return self.model_copy(update={"slots": min(self.slots, sizes.rows)})
 
 
-def check_router(student: Closed, teacher: Weighing) -> None:
+def check_router(student: Closed, teacher: Answering) -> None:
     """Raise SpecInvalid where a student copies a routing that the teacher does not have."""
     router = getattr(student, "router", "learnt")
     if router != "learnt" and teacher.routes_over != "queries":
@@ -317,6 +307,72 @@ def check_router(student: Closed, teacher: Weighing) -> None:
 
 
 Student = Annotated[
-    Canonical | RotorProduct | NlerpGeodesic | SharedSubspace | GeodesicAttention,
+    Canonical
+    | RotorProduct
+    | NlerpGeodesic
+    | SharedSubspace
+    | GeodesicAttention
+    | ProjectionTransformer
+    | HierarchicalRouter
+    | Linear
+    | Mlp
+    | Hierarchical,
     Field(discriminator="name"),
 ]
+
+
+def default_student(model: str) -> Student:
+    """Return the student that is meant for a model of this format."""
+    if model == "lda_model":
+        return HierarchicalRouter()
+    return Hierarchical() if model == "embeddings" else RotorProduct()
+
+
+def check_learns(student: Student, model: str) -> None:
+    """Raise SpecInvalid where a student cannot follow teachers over models of this format."""
+    if model not in student.learns_from:
+        members = get_args(get_args(Student)[0])
+        allowed = [
+            each.model_fields["name"].default for each in members if model in each.learns_from
+        ]
+        raise SpecInvalid(
+            f"student.name {student.name!r} does not learn from models of format '{model}'; "
+            f"allowed: {', '.join(allowed)}",
+            pointer="/student/name",
+        )
+
+
+def check_losses(training: Training, student: Student, sizes: Sizes) -> None:
+    """Raise SpecInvalid where a setting of the loss has nothing to act on.
+
+    A term needs a student of the teacher's width, a router or a decoder; a temperature needs a
+    relational term.
+    """
+    losses, compares = training.losses, student.compares(sizes)
+    without = {
+        "an answer of the teacher's width": EQUAL_WIDTH if compares == "relations" else (),
+        "a learnt router": () if student.routes() else OF_ROUTER,
+        "a decoder": () if student.decodes() else OF_DECODER,
+    }
+    for what, terms in without.items():
+        for name in sorted(terms):
+            if losses.told().get(name):
+                raise SpecInvalid(
+                    f"training.losses.{name} {losses.told()[name]:g} needs {what}, which student "
+                    f"{student.name!r} does not have; allowed: null or 0",
+                    pointer=f"/training/losses/{name}",
+                )
+    weights = losses.weights(compares, routes=student.routes(), decodes=student.decodes())
+    if not weights:
+        raise SpecInvalid(
+            f"training.losses: no term weighs anything for student {student.name!r}; its default "
+            f"terms: {', '.join(DEFAULTS[compares])}",
+            pointer="/training/losses",
+        )
+    warm = training.curriculum is not None and training.curriculum.order == "shuffled"
+    if (warm or training.tau is not None) and not (TEMPERED & set(weights) or losses.custom):
+        raise SpecInvalid(
+            f"training.{'curriculum' if warm else 'tau'}: no term of the loss has a temperature; "
+            f"allowed beside a weight of {', '.join(sorted(TEMPERED))}",
+            pointer=f"/training/{'curriculum' if warm else 'tau'}",
+        )

@@ -1,9 +1,10 @@
 """What a teacher may be told. One class per file in core/distill/teachers."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter, model_validator
 
+from core.errors import SpecInvalid
 from core.specs.base import Closed
 from core.specs.codebooks import Codebook, PrincipalPlanes
 
@@ -11,33 +12,41 @@ FLOAT32_TOLERANCE = 1e-6
 """What float32 holds; below it a tolerance would be a promise that rounding breaks."""
 FLOAT64_TOLERANCE = 1e-13
 Compat = Literal["legacy"] | None
+ModelFormat = Literal["federated_model", "lda_model", "embeddings"]
 
 
-class Weighing(Closed):
-    """What every teacher may be told that weighs the clusters of a federated model."""
+class Answering(Closed):
+    """What every teacher may be told."""
 
-    routes_over: ClassVar[Literal["queries", "sources", "centroids"]] = "queries"
+    reads: ClassVar[ModelFormat] = "federated_model"
+    """The format of the models it answers over."""
+    routes_over: ClassVar[Literal["queries", "sources", "centroids", "nothing"]] = "queries"
     """What a query is compared with: a student's exact router copies ``queries`` alone."""
     answers_new: ClassVar[bool] = True
     """Whether it answers queries that nobody stored: made ones, held-out ones."""
     needs_logs: ClassVar[bool] = False
     """Whether every answer needs the logarithms; others compute them if a student asks."""
 
-    temperature: float | None = Field(
-        None, gt=0, le=100, description="Of the routing softmax; null takes the model's own."
-    )
     dtype: Literal["float32", "float64"] = "float32"
 
     def check_width(self, dim: int) -> None:
         """Raise SpecInvalid where the model's width does not allow what is told; most allow any."""
 
-    def whole_logs(self) -> bool:
-        """Whether log W is blended, not log(G^T W) after G."""
-        return False
-
     def exactness(self) -> float:
         """How far a unit-length target may be from its formula's value: rounding."""
         return FLOAT32_TOLERANCE if self.dtype == "float32" else FLOAT64_TOLERANCE
+
+
+class Weighing(Answering):
+    """What every teacher may be told that weighs the clusters of a model."""
+
+    temperature: float | None = Field(
+        None, gt=0, le=100, description="Of the routing softmax; null takes the model's own."
+    )
+
+    def whole_logs(self) -> bool:
+        """Whether log W is blended, not log(G^T W) after G."""
+        return False
 
 
 class Routing(Weighing):
@@ -151,6 +160,23 @@ class Paired(Routing):
     name: Literal["paired"] = "paired"
 
 
+class Lda(Weighing):
+    """Multi-head LDA: blend the heads' answers by a softmax over their centroids."""
+
+    reads = "lda_model"
+    routes_over = "centroids"
+    name: Literal["lda"] = "lda"
+
+
+class Checkpoint(Answering):
+    """Embeddings that a teacher computed before: every stored input has its own."""
+
+    reads = "embeddings"
+    routes_over = "nothing"
+    answers_new = False
+    name: Literal["checkpoint"] = "checkpoint"
+
+
 class Orthogonal(Routing):
     """Blend the logarithms as ``rotational`` does, kept to the planes of a codebook."""
 
@@ -163,11 +189,34 @@ class Orthogonal(Routing):
         self.codebook.check_width(dim, "/teacher/codebook")
 
 
-Teacher = Annotated[
-    Rotational | RotationalJax | Direct | WeightedBaseline | Paired | Orthogonal | MultiSource,
-    Field(discriminator="name"),
-]
+_OfRotations = (
+    Rotational | RotationalJax | Direct | WeightedBaseline | Paired | Orthogonal | MultiSource
+)
+OfRotations = Annotated[_OfRotations, Field(discriminator="name")]
+"""Those over a federated model: what has logarithms to cache."""
+Teacher = Annotated[_OfRotations | Lda | Checkpoint, Field(discriminator="name")]
 _TEACHER: TypeAdapter[Any] = TypeAdapter(Teacher)
+
+
+def default_teacher(model: str) -> Any:
+    """Return the spec of the teacher that is meant over a model of this format."""
+    defaults = {"federated_model": Rotational, "lda_model": Lda, "embeddings": Checkpoint}
+    return defaults[model]()
+
+
+def check_reads(teacher: Answering, model: str) -> None:
+    """Raise SpecInvalid where a teacher does not answer over models of this format."""
+    if teacher.reads != model:
+        allowed = [
+            member.model_fields["name"].default
+            for member in get_args(get_args(Teacher)[0])
+            if member.reads == model
+        ]
+        raise SpecInvalid(
+            f"teacher.name {teacher.model_dump()['name']!r} answers over a '{teacher.reads}', the "
+            f"model is of format '{model}'; allowed for it: {', '.join(allowed)}",
+            pointer="/teacher/name",
+        )
 
 
 def parse_teacher(stored: Any) -> Any:

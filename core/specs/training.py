@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.base import Closed
+from core.specs.losses import Losses
+from core.specs.schedules import ScheduleType, TauSchedule
 
 MADE_SHARE = 0.25
 """Share of made queries that ``augment: null`` means where the teacher can answer them."""
@@ -21,19 +23,20 @@ WORK = frozenset({"targets", "epochs_per_chunk", "checkpoint_interval"})
 """Settings that say how the work is done and cut; the student is the same for all of them."""
 
 
-class Losses(Closed):
-    """Weights of the terms that are summed; a zero leaves a term out."""
+class Curriculum(Closed):
+    """Stages of a training, from warm to cool: document 004's temperatures, and easy rows first."""
 
-    geodesic: float = Field(1.0, ge=0, le=1e6, description="Mean squared geodesic angle, rad^2.")
-    cvar: float = Field(0.25, ge=0, le=1e6, description="Mean squared angle of the worst 5 %.")
-    retrieval_kl: float = Field(0.05, ge=0, le=1e6, description="KL of in-batch retrieval, nats.")
-    router_kl: float = Field(0.1, ge=0, le=1e6, description="KL(teacher weights || router), nats.")
-
-    @model_validator(mode="after")
-    def _something_to_minimise(self) -> Losses:
-        if not any(self.model_dump().values()):
-            raise ValueError("all weights are 0; at least one term must weigh something")
-        return self
+    stages: int = Field(5, ge=1, le=256, description="Each ends with a checkpoint that is kept.")
+    start_tau: float = Field(4.0, gt=0, le=1e3, description="Temperature of the first stage.")
+    end_tau: float = Field(0.5, gt=0, le=1e3, description="Temperature of the last stage.")
+    schedule: ScheduleType = Field(
+        "linear", description="How the temperature falls (or rises) between them."
+    )
+    order: Literal["shuffled", "easy_first"] = Field(
+        "shuffled",
+        description="'easy_first': stage s of S draws from the share (s + 1) / S of the training "
+        "rows whose neighbours are nearest; every stage shows as many rows.",
+    )
 
 
 class Training(Closed):
@@ -103,6 +106,22 @@ class Training(Closed):
         description="Steps (batches) between checkpoints, also inside an epoch; null: one after "
         "every epochs_per_chunk epochs. The student does not depend on it.",
     )
+    accumulate: int = Field(
+        1,
+        ge=1,
+        le=65_536,
+        description="Parts in which a batch's gradient is computed, one after another, to need "
+        "less memory. Terms that compare rows of a batch see one part's at a time.",
+    )
+    tau: float | None = Field(
+        None,
+        gt=0,
+        le=1e3,
+        description="Temperature of the relational terms; null: 1, or the curriculum's.",
+    )
+    curriculum: Curriculum | None = Field(
+        None, description="null: every epoch alike. Patience counts in its last stage alone."
+    )
     losses: Losses = Losses()
 
     @model_validator(mode="after")
@@ -116,10 +135,33 @@ class Training(Closed):
                     f"{name} {value} is scheduler 'plateau''s: leave it null with "
                     f"scheduler '{self.scheduler}'"
                 )
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate {self.accumulate} of batch_size {self.batch_size}: a part needs a row"
+            )
         if self.checkpoint_interval is not None and self.epochs_per_chunk != 1:
             raise ValueError(
                 f"checkpoint_interval {self.checkpoint_interval} and epochs_per_chunk "
                 f"{self.epochs_per_chunk} both say when a chunk ends: give one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Training:
+        """Refuse a curriculum that other settings contradict."""
+        if self.curriculum is None:
+            return self
+        if self.tau is not None:
+            raise ValueError(f"tau {self.tau:g} beside a curriculum, which has its own: leave it")
+        if self.curriculum.stages > self.epochs:
+            raise ValueError(
+                f"curriculum.stages {self.curriculum.stages} of {self.epochs} epochs; allowed: 1 "
+                f"to {self.epochs}, or raise epochs"
+            )
+        if self.checkpoint_interval is not None:
+            raise ValueError(
+                f"checkpoint_interval {self.checkpoint_interval} beside a curriculum, whose stages "
+                "end with a checkpoint: leave it null and say epochs_per_chunk"
             )
         return self
 
@@ -149,6 +191,27 @@ class Training(Closed):
                 "training queries; allowed: a sum below 1"
             )
         return self
+
+    def stage_of(self, epoch: int) -> int:
+        """Return the curriculum's stage of an epoch, both from 0; 0 where there is none."""
+        return 0 if self.curriculum is None else epoch * self.curriculum.stages // self.epochs
+
+    def tau_of(self, epoch: int) -> float:
+        """Return the temperature of an epoch's relational terms."""
+        if self.curriculum is None:
+            return 1.0 if self.tau is None else self.tau
+        told = self.curriculum
+        schedule = TauSchedule(told.start_tau, told.end_tau, told.stages, told.schedule)
+        return schedule(self.stage_of(epoch))
+
+    def epoch_blocks(self) -> list[tuple[int, int]]:
+        """Cut the epochs into the chunks that train them: (first, last + 1), never over a stage."""
+        cuts = [0]
+        for epoch in range(1, self.epochs):
+            stage_ends = self.stage_of(epoch) != self.stage_of(epoch - 1)
+            if stage_ends or epoch - cuts[-1] == self.epochs_per_chunk:
+                cuts.append(epoch)
+        return list(zip(cuts, [*cuts[1:], self.epochs], strict=True))
 
     def recipe(self) -> dict[str, Any]:
         """Return, as JSON values, the settings that the student's bytes may depend on."""

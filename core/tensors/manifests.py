@@ -1,4 +1,4 @@
-"""What a federated model's manifest may say, and how a stranger's value is checked and shown."""
+"""What a model's manifest may say, and how a stranger's value is checked and shown."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -129,10 +129,31 @@ _FACTS: Mapping[str, tuple[Check, str]] = {
     ),
 }
 """What a manifest may say beside format, version and counts, and how it must be said."""
+_NAMED = (
+    lambda v: isinstance(v, str) and 1 <= len(v) <= 200 and _texts([v]),
+    "a text of 1 to 200 letters without control characters",
+)
+_SHARED = (
+    *("temperature", "pairs", "clustering", "seed", "test_fraction", "split"),
+    *("strength", "scores", "source"),
+)
+LDA_FACTS: Mapping[str, tuple[Check, str]] = {
+    **{name: _FACTS[name] for name in _SHARED},
+    "projection": _NAMED,
+    "embedding_model": _NAMED,
+    "questions": (_one_of("centroids"), "centroids"),
+}
+"""The same of an LDA model. ``projection`` and ``embedding_model`` are what an lda.db calls them;
+``questions``: the file had none, so the centroids stand in their place."""
 
 
 def check_manifest(
-    manifest: Mapping[str, Any], written: Mapping[str, Any], *, clusters: int, rows: int
+    manifest: Mapping[str, Any],
+    written: Mapping[str, Any],
+    *,
+    clusters: int,
+    rows: int,
+    facts: Mapping[str, tuple[Check, str]] = _FACTS,
 ) -> None:
     """Refuse a manifest that says anything unknown, malformed or other than the arrays.
 
@@ -141,11 +162,12 @@ def check_manifest(
         written: what it must say if it says it: format, version and the counts.
         clusters: of the arrays.
         rows: of the arrays, training queries.
+        facts: what it may say beside; of a federated model where left out.
     """
     for name, found in manifest.items():
-        if name not in written and name not in _FACTS:
-            raise DataInvalid(f"manifest: {shown(name)} is not known; known: {', '.join(_FACTS)}")
-        check, needed = _FACTS.get(name) or (_just(written[name]), shown(written[name]))
+        if name not in written and name not in facts:
+            raise DataInvalid(f"manifest: {shown(name)} is not known; known: {', '.join(facts)}")
+        check, needed = facts.get(name) or (_just(written[name]), shown(written[name]))
         if not check(found):
             raise DataInvalid(f"manifest: {name} is {shown(found)}; needed {needed}")
     ids = manifest.get("cluster_ids")

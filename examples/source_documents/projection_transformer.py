@@ -2,7 +2,7 @@
 
 from core.distill.latency import benchmark_latency
 from core.distill.projection import evaluate_distillation, train_distillation
-from core.distill.students._projection import ProjectionTransformer
+from core.distill.students.projection_transformer import ProjectionTransformer
 from core.specs.architectures import optimal_architecture
 
 __all__ = [

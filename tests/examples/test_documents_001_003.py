@@ -24,7 +24,7 @@ from torch.nn import functional
 from core.distill.latency import benchmark_latency
 from core.distill.lda import MultiHeadLDA
 from core.distill.projection import evaluate_distillation, train_distillation
-from core.distill.students._projection import ProjectionTransformer
+from core.distill.students.projection_transformer import ProjectionTransformer
 from core.specs.architectures import covering_architecture, optimal_architecture
 from core.tensors.lda import LDA
 from core.tensors.lda_db import save_lda_db

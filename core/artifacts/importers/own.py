@@ -10,6 +10,7 @@ from core.artifacts.limits import Limits
 from core.errors import DataInvalid, TooLarge
 from core.tensors import shards
 from core.tensors.formats import load_federated, save_federated
+from core.tensors.lda import load_lda, save_lda
 from core.tensors.npy import check_shape
 
 _ITEM_BYTES = {"F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4,
@@ -35,6 +36,10 @@ def from_file(
         model = load_federated(source)
         save_federated(target, model)
         return "federated_model", model.meta(), []
+    if told == "lda_model":
+        lda = load_lda(source)
+        save_lda(target, lda)
+        return "lda_model", lda.meta(), []
     for what, format_name in caches.FORMATS.items():
         if told == format_name:
             return caches.from_tensors(source, target, what=what, limits=limits)
@@ -45,8 +50,8 @@ def from_file(
         return "pairs", *pairs.from_tensors(target, tensors)
     raise DataInvalid(
         f"the .safetensors holds {', '.join(sorted(names)[:12]) or 'nothing'}; needed pairs "
-        "(query_embeddings, target_embeddings), or a federated_model, codebook, bivectors_cache "
-        "or targets_cache written by this service"
+        "(query_embeddings, target_embeddings), or a federated_model, lda_model, codebook, "
+        "bivectors_cache or targets_cache written by this service"
     )
 
 

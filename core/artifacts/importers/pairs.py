@@ -15,18 +15,49 @@ from core.tensors.shards import Array
 
 NEEDED = ("query_embeddings", "target_embeddings")
 TEXTS = ("ids", "groups")
+ANSWERED = ("query_cluster", "answer_embeddings")
+"""Beside query_embeddings: questions by cluster, and each cluster's answer."""
 
 
 def from_npz(source: Path, target: Path, *, budget: Budget) -> tuple[dict[str, Any], list[str]]:
     """Read an .npz, write ``target``; return the pairs' meta and notes on what was left out."""
-    table = read_npz(source, wanted=(*NEEDED, *TEXTS), name="the .npz", budget=budget)
+    wanted = (*NEEDED, *TEXTS, *ANSWERED, "cluster_ids")
+    table = read_npz(source, wanted=wanted, name="the .npz", budget=budget)
+    if {"query_embeddings", *ANSWERED} <= table.arrays.keys() and NEEDED[1] not in table.arrays:
+        return _write(target, _answered(table.arrays), table.ignored, _ANSWERED_NOTE)
+    beside = [name for name in (*ANSWERED, "cluster_ids") if name in table.arrays]
     if missing := [name for name in NEEDED if name not in table.arrays]:
         raise DataInvalid(
             f"{', '.join(missing)}: missing from the .npz, which holds "
             f"{', '.join(sorted([*table.arrays, *table.ignored])[:20]) or 'nothing'}; needed "
-            "query_embeddings and target_embeddings, optional ids and groups"
+            "query_embeddings and target_embeddings, optional ids and groups; or query_embeddings, "
+            "query_cluster and answer_embeddings, optional ids and cluster_ids"
         )
-    return _write(target, table.arrays, table.ignored)
+    return _write(target, table.arrays, sorted([*table.ignored, *beside]))
+
+
+_ANSWERED_NOTE = "the target of a question is its cluster's answer; its group is the cluster's id"
+
+
+def _answered(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """Return the arrays of pairs: each question beside its cluster's answer."""
+    which, answers = arrays["query_cluster"], arrays["answer_embeddings"]
+    rows, clusters = len(np.atleast_1d(arrays["query_embeddings"])), len(np.atleast_1d(answers))
+    if which.dtype.kind not in "iu" or which.shape != (rows,) or answers.ndim != 2:
+        raise DataInvalid(
+            f"query_cluster: {which.dtype} of shape {list(which.shape)} beside answer_embeddings "
+            f"{list(answers.shape)}; needed whole numbers [{rows}], rows of answer_embeddings"
+        )
+    outside = (which < 0) | (which >= clusters)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise DataInvalid(f"query_cluster: row {row} names {which[row]}; there are {clusters}")
+    ids = as_text("cluster_ids", arrays.get("cluster_ids", np.arange(clusters)))
+    if len(ids) != clusters or len(set(ids)) < clusters:
+        raise DataInvalid(f"cluster_ids: {len(ids)} entries; needed {clusters} different ones")
+    groups = [ids[number] for number in which.tolist()]
+    found = {"query_embeddings": arrays["query_embeddings"], "target_embeddings": answers[which]}
+    return {**found, "groups": groups, **({"ids": arrays["ids"]} if "ids" in arrays else {})}
 
 
 def from_tensors(target: Path, tensors: Mapping[str, Array]) -> tuple[dict[str, Any], list[str]]:
@@ -46,9 +77,10 @@ def from_tensors(target: Path, tensors: Mapping[str, Array]) -> tuple[dict[str, 
 
 
 def _write(
-    target: Path, arrays: Mapping[str, Any], ignored: list[str]
+    target: Path, arrays: Mapping[str, Any], ignored: list[str], *told: str
 ) -> tuple[dict[str, Any], list[str]]:
-    notes = [f"ignored, no such field: {name[:100]}" for name in ignored[:50]]
+    notes = [*told]
+    notes += [f"ignored, no such field: {name[:100]}" for name in ignored[:50]]
     queries = arrays["query_embeddings"]
     if "ids" in arrays:
         ids = as_text("ids", arrays["ids"])

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import archive, caches, codebook, federated, own, pairs
+from core.artifacts.importers import archive, caches, codebook, federated, lda_db, own, pairs
 from core.artifacts.limits import Budget, Limits
 from core.errors import DataInvalid
 
 ALLOWED = (
     "allowed: .npz or .safetensors with query_embeddings and target_embeddings; .zip, .tar or "
     ".tar.gz with NAME.pkl and its folder NAME/; .npz with bivectors, with targets, or with "
-    "planes; a federated_model, codebook, bivectors_cache or targets_cache .safetensors"
+    "planes; .npz with query_embeddings, query_cluster and answer_embeddings; an lda.db; a "
+    "federated_model, lda_model, codebook, bivectors_cache or targets_cache .safetensors"
 )
 
 
@@ -37,6 +38,8 @@ def read(source: Path, target: Path, *, scratch: Path, limits: Limits) -> Read:
     budget = Budget(limits)
     if own.looks_like(head):
         return Read(*own.from_file(source, target, limits=limits))
+    if lda_db.looks_like(head):
+        return Read("lda_model", *lda_db.from_file(source, target, limits=limits))
     if head.startswith(b"PK"):
         return _read_zip(source, target, scratch, budget)
     if head.startswith(b"\x1f\x8b") or head[257:262] == b"ustar":

@@ -8,7 +8,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from core.registry import scan
+from core.errors import SpecInvalid
+from core.registry import LOSS_PLUGINS, installed, scan
 from core.rotations.sphere import squared_angles
 
 
@@ -17,15 +18,26 @@ class Batch:
     """One batch, as every term sees it."""
 
     student: Tensor
-    """[B, d] the student's vectors, of any length: a term looks at their directions alone."""
+    """[B, k] the student's vectors; of any length where it keeps the query's."""
     teacher: Tensor
-    """[B, d] the teacher's, constant."""
+    """[B, d] the teacher's, constant; k is d but for terms that compare relations."""
     candidates: Tensor | None = None
     """[M, d] targets to retrieve among, constant; None where no term asked for them."""
     log_weights: Tensor | None = None
     """[B, C] log of the student's router, or none."""
     weights: Tensor | None = None
     """[B, C] the teacher's weights over the clusters."""
+    decoded: Tensor | None = None
+    """[B, d] the student's vectors brought back by its decoder, or none."""
+    tau: float = 1.0
+    """Temperature of the terms that have one."""
+    levels: tuple[tuple[int, float], ...] = ()
+    """Nested codes: how many of the student's first columns, and their weight; () for all."""
+
+    def codes(self) -> list[tuple[Tensor, float]]:
+        """Return every nested code [B, k'] of the student with its weight."""
+        levels = self.levels or ((self.student.shape[1], 1.0),)
+        return [(self.student[:, :width], weight) for width, weight in levels]
 
     @cached_property
     def angles(self) -> Tensor:
@@ -42,11 +54,31 @@ class Loss:
     needs_router: bool = False
     """A learnt one; without it the term is left out."""
     needs_candidates: bool = False
+    needs_lengths: bool = False
+    """Whether it reads lengths, which a student that keeps the query's gives only if asked."""
 
 
 def losses() -> Mapping[str, Loss]:
-    """Return every term by name."""
-    return scan("core.distill.losses", "LOSS", Loss)
+    """Return every term by name: the files here, and what is installed under LOSS_PLUGINS."""
+    found = scan("core.distill.losses", "LOSS", Loss)
+    return {**installed(LOSS_PLUGINS, Loss), **found}
+
+
+def weighed(weights: Mapping[str, float]) -> dict[str, Loss]:
+    """Return the terms of weight above zero.
+
+    Raises:
+        SpecInvalid: there is no such term here.
+    """
+    known = losses()
+    for name, weight in weights.items():
+        if weight and name not in known:
+            raise SpecInvalid(
+                f"training.losses.custom.{name}: no such term on this worker; allowed: "
+                f"{', '.join(sorted(known))}",
+                pointer=f"/training/losses/custom/{name}",
+            )
+    return {name: known[name] for name in sorted(weights) if weights[name]}
 
 
 def total_loss(batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,8 +90,8 @@ def total_loss(batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict
     """
     total = batch.student.new_zeros(())
     values = {}
-    for name, loss in losses().items():
-        if not weights[name] or (loss.needs_router and batch.log_weights is None):
+    for name, loss in weighed(weights).items():
+        if loss.needs_router and batch.log_weights is None:
             continue
         term = loss.compute(batch)
         total = total + weights[name] * term

@@ -19,7 +19,9 @@ from core.distill.teachers._base import TeacherModel
 from core.errors import DataInvalid, SpecInvalid
 from core.registry import scan
 from core.rotations.sphere import keep_length
-from core.specs.base import Closed
+from core.specs.losses import Compares
+from core.specs.shaped import Shaped
+from core.specs.sizes import Sizes
 from core.tensors.codebooks import Codebook
 
 
@@ -46,16 +48,28 @@ class Routed:
     """What a student says about a batch while it is trained."""
 
     vectors: Tensor
-    """[B, d] of any length: training looks at directions alone; see ``with_lengths``."""
+    """[B, m]; of any length where it compares directions alone, see ``with_lengths``."""
     log_weights: Tensor | None = None
     """[B, C] log of its own weights over the clusters; None where it has no learnt router."""
+    decoded: Tensor | None = None
+    """[B, D] the vectors brought back to the teacher's width; None where it has no decoder."""
 
 
 class StudentModule(nn.Module, ABC):
-    """A map of queries that keeps their lengths: ``forward([B, d]) -> [B, d]`` float32."""
+    """A map of queries: ``forward([B, d]) -> [B, m]`` float32."""
 
     config: dict[str, Any]
-    """JSON values; with the state dict enough to build the module again."""
+    """JSON values; with the state dict enough to build the module again. ``dim`` is d,
+    ``target_dim`` m where that is another number."""
+    compares: Compares = "directions"
+    """What of its answers is held against the teacher's; it keeps the queries' lengths where that
+    is their directions."""
+    levels: tuple[tuple[int, float], ...] = ()
+    """Nested codes: how many of the first columns, and what they weigh; () for all of them."""
+    decodes: bool = False
+    """Whether ``routed`` returns decoded vectors."""
+    draws: bool = False
+    """Whether ``routed`` draws from torch's generator while it trains (dropout, noise)."""
     takes_weights: bool = True
     """Whether ``routed`` reads the teacher's weights."""
     takes_anchored: bool = True
@@ -65,7 +79,7 @@ class StudentModule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, queries: Tensor) -> Tensor:
-        """Map [B, d] queries to [B, d]."""
+        """Map [B, d] queries to [B, m]."""
 
     @abstractmethod
     def routed(self, shown: Shown) -> Routed:
@@ -74,6 +88,11 @@ class StudentModule(nn.Module, ABC):
     def with_lengths(self, vectors: Tensor, queries: Tensor) -> Tensor:
         """Give what ``routed`` returns the lengths that ``forward`` gives: those of the queries."""
         return keep_length(vectors, queries)
+
+    def output_dim(self) -> int:
+        """Return m."""
+        width: int = self.config.get("target_dim", self.config["dim"])
+        return width
 
     @abstractmethod
     def emit(self, graph: Graph, queries: str) -> str:
@@ -100,17 +119,33 @@ class StudentModule(nn.Module, ABC):
         return sum(value.numel() * value.element_size() for value in self.state_dict().values())
 
 
+class PlainModule(StudentModule):
+    """A student that says its own lengths and reads nothing but the query."""
+
+    compares: Compares = "vectors"
+    takes_weights = takes_anchored = has_router = False
+
+    def routed(self, shown: Shown) -> Routed:
+        """Map training queries, differentiably."""
+        return Routed(self(shown.queries))
+
+    def with_lengths(self, vectors: Tensor, queries: Tensor) -> Tensor:
+        """Leave lengths as they are."""
+        del queries
+        return vectors
+
+
 @dataclass(frozen=True)
 class Student:
     """A plugin: what may be said about it, how it is made and how it comes back."""
 
-    spec: type[Closed]
-    build: Callable[[Any, TeacherModel, int], StudentModule]
+    spec: type[Shaped]
+    build: Callable[[Any, Any, int], StudentModule]
     """(spec ``as_built``, teacher, seed) -> an untrained student on the CPU, initialised from
     the teacher."""
     restore: Callable[[Mapping[str, Any]], StudentModule]
     """config -> a student whose state is then loaded."""
-    build_on: Callable[[Any, TeacherModel, Codebook], StudentModule] | None = None
+    build_on: Callable[[Any, Any, Codebook], StudentModule] | None = None
     """The same as ``build`` on given planes; None where a student has none of its own."""
 
 
@@ -130,8 +165,7 @@ def build_student(
         seed: of every draw.
         codebook: planes to turn in, where the student's ``build_on`` takes them.
     """
-    rows, dim = teacher.model.queries.shape
-    plugin, built = students()[spec.name], spec.as_built(dim=dim, rows=rows)
+    plugin, built = students()[spec.name], spec.as_built(sizes_of(teacher))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if codebook is None:
@@ -139,6 +173,13 @@ def build_student(
         if plugin.build_on is None:
             raise SpecInvalid(f"student {spec.name!r} turns in no codebook's planes")
         return plugin.build_on(built, teacher, codebook)
+
+
+def sizes_of(teacher: TeacherModel) -> Sizes:
+    """Return what a student's spec must know of a teacher."""
+    rows, dim = teacher.queries.shape
+    clusters = 0 if teacher.centroids is None else len(teacher.centroids)
+    return Sizes(dim, teacher.truths.shape[1], rows, clusters)
 
 
 def restore_student(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> StudentModule:

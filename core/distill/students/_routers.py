@@ -13,7 +13,7 @@ from torch.nn import functional
 from core.distill.graph import Graph
 from core.distill.routing import EqualRows, nearest
 from core.distill.students._base import Shown
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.errors import SpecInvalid
 from core.rotations.sphere import typical_length
 from core.specs.students import ROUTER_HIDDEN, ROUTER_RANK, Routing
@@ -98,7 +98,7 @@ class ExactRouter(KeyRouter):
         }
 
     @classmethod
-    def of(cls, teacher: TeacherModel) -> ExactRouter:
+    def of(cls, teacher: RotationTeacher) -> ExactRouter:
         """Copy the teacher's training queries."""
         rows, dim = teacher.model.queries.shape
         router = cls(
@@ -145,7 +145,7 @@ class ProjectedRouter(KeyRouter):
         self.register_buffer("projection", torch.zeros(dim, rank))
 
     @classmethod
-    def of(cls, teacher: TeacherModel, *, rank: int) -> ProjectedRouter:
+    def of(cls, teacher: RotationTeacher, *, rank: int) -> ProjectedRouter:
         """Project the teacher's training queries; ``rank`` is cut to their width."""
         rows, dim = teacher.model.queries.shape
         router = cls(
@@ -219,7 +219,7 @@ class LearntRouter(nn.Module):
         self.down = nn.Linear(hidden, clusters, bias=False)
 
     @classmethod
-    def of(cls, teacher: TeacherModel, *, hidden: int, seed: int) -> LearntRouter:
+    def of(cls, teacher: RotationTeacher, *, hidden: int, seed: int) -> LearntRouter:
         """Start from the clusters' centroids; the hidden layer adds nothing yet."""
         clusters, dim = teacher.model.centroids.shape
         router = cls(dim=dim, hidden=hidden, clusters=clusters)
@@ -265,7 +265,7 @@ KINDS: Mapping[str, type[Router]] = {
 }
 
 
-def build_router(spec: Routing, teacher: TeacherModel, seed: int) -> Router:
+def build_router(spec: Routing, teacher: RotationTeacher, seed: int) -> Router:
     """Build the router a spec asks for, from the teacher.
 
     Raises:

@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Shown, Student, StudentModule, plane_parameters
+from core.distill.students._base import (
+    Routed,
+    Shown,
+    Student,
+    StudentModule,
+    plane_parameters,
+    sizes_of,
+)
 from core.distill.students._sphere import emit_keep_length
 from core.distill.students._turns import TurnGraph, turn, turn_angles
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.errors import DataInvalid
 from core.rotations.codebook import build as build_codebook
 from core.rotations.codebook import canonical
@@ -228,7 +235,7 @@ class CanonicalStudent(StudentModule):
         return graph.op("Mul", x, graph.constant(functional.softplus(self.scale)))
 
 
-def build(spec: Canonical, teacher: TeacherModel, seed: int) -> CanonicalStudent:
+def build(spec: Canonical, teacher: RotationTeacher, seed: int) -> CanonicalStudent:
     """Start near the identity, or near G where the planes are the teacher's own.
 
     Args:
@@ -237,7 +244,7 @@ def build(spec: Canonical, teacher: TeacherModel, seed: int) -> CanonicalStudent
         seed: of a randomized codebook; the caller seeded torch with it.
     """
     planes, dim = spec.planes(), teacher.model.queries.shape[1]
-    spec.check_width(dim)
+    spec.check_sizes(sizes_of(teacher))
     if isinstance(planes, CanonicalPlanes):  # made from nothing: no logarithm is asked for
         return CanonicalStudent(spec, dim=dim)
     codebook = build_codebook(
@@ -246,7 +253,7 @@ def build(spec: Canonical, teacher: TeacherModel, seed: int) -> CanonicalStudent
     return build_on(spec, teacher, codebook)
 
 
-def build_on(spec: Canonical, teacher: TeacherModel, codebook: Codebook) -> CanonicalStudent:
+def build_on(spec: Canonical, teacher: RotationTeacher, codebook: Codebook) -> CanonicalStudent:
     """Start near G, on the planes of a codebook.
 
     Raises:
@@ -266,7 +273,7 @@ def build_on(spec: Canonical, teacher: TeacherModel, codebook: Codebook) -> Cano
     return student
 
 
-def _cluster_sizes(teacher: TeacherModel) -> Tensor:
+def _cluster_sizes(teacher: RotationTeacher) -> Tensor:
     """[C]: training queries of each cluster."""
     sizes = np.bincount(teacher.model.cluster_of, minlength=len(teacher.bivectors))
     return torch.from_numpy(sizes)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from core.distill.graph import Graph
 from core.distill.students._base import Routed, Shown, Student, StudentModule
 from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.rotations.planes import leading_planes
 from core.rotations.sphere import step_along, typical_length, unit
 from core.specs.students import GeodesicAttention
@@ -92,7 +92,7 @@ class GeodesicAttentionStudent(StudentModule):
         return emit_keep_length(graph, vectors, queries)
 
 
-def build(spec: GeodesicAttention, teacher: TeacherModel, seed: int) -> GeodesicAttentionStudent:
+def build(spec: GeodesicAttention, teacher: RotationTeacher, seed: int) -> GeodesicAttentionStudent:
     """Take slots from training queries that the seed picks, hidden units from clusters' planes."""
     rows, dim = teacher.model.queries.shape
     clusters = len(teacher.bivectors)
@@ -115,7 +115,7 @@ def build(spec: GeodesicAttention, teacher: TeacherModel, seed: int) -> Geodesic
     return student
 
 
-def _directions(teacher: TeacherModel, hidden: int) -> Tensor:
+def _directions(teacher: RotationTeacher, hidden: int) -> Tensor:
     """[hidden, d]: unit i measures direction i // C of cluster i % C's planes, after the anchor.
 
     Where a cluster has no further direction, the caller's generator draws one.

@@ -13,7 +13,7 @@ from core.distill.graph import Graph
 from core.distill.students._base import Routed, Shown, Student, StudentModule, plane_parameters
 from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._sphere import emit_keep_length, emit_step, emit_unit
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.rotations.planes import leading_planes
 from core.rotations.sphere import step_along, typical_length, unit
 from core.specs.students import NlerpGeodesic
@@ -166,7 +166,7 @@ def _unless_cancelled(total: Tensor, x: Tensor) -> Tensor:
     return total if kept.is_cpu and bool(kept.all()) else torch.where(kept, total, x)
 
 
-def build(spec: NlerpGeodesic, teacher: TeacherModel, seed: int) -> NlerpGeodesicStudent:
+def build(spec: NlerpGeodesic, teacher: RotationTeacher, seed: int) -> NlerpGeodesicStudent:
     """Take G and the planes from the teacher; the step is zero."""
     clusters, dim, _ = teacher.bivectors.shape
     planes = spec.planes or dim // 2

@@ -15,7 +15,7 @@ from core.distill.students._base import Routed, Shown, Student, StudentModule, p
 from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._sphere import emit_keep_length
 from core.distill.students._strang import strang_product
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.rotations.planes import leading_planes
 from core.specs.students import RotorProduct
 
@@ -146,7 +146,7 @@ def _factor_graph(config: Mapping[str, Any], prefix: str) -> onnx.GraphProto:
     )
 
 
-def build(spec: RotorProduct, teacher: TeacherModel, seed: int) -> RotorProductStudent:
+def build(spec: RotorProduct, teacher: RotationTeacher, seed: int) -> RotorProductStudent:
     """Take G and the planes from the teacher, and its routing where that is exact."""
     clusters, dim, _ = teacher.bivectors.shape
     planes = spec.planes or dim // 2

@@ -13,7 +13,7 @@ from core.distill.graph import Graph
 from core.distill.students._base import Routed, Shown, Student, StudentModule
 from core.distill.students._routers import Router, build_router, restore_router
 from core.distill.students._sphere import emit_keep_length
-from core.distill.teachers._base import TeacherModel
+from core.distill.teachers._base import RotationTeacher
 from core.rotations.chebyshev import RADIUS_STEP, series
 from core.specs.students import SharedSubspace
 
@@ -156,7 +156,7 @@ def _exp_action(z: Tensor, blend: Tensor, step: int) -> Tensor:
     return result
 
 
-def principal_subspace(teacher: TeacherModel, rank: int) -> Tensor:
+def principal_subspace(teacher: RotationTeacher, rank: int) -> Tensor:
     """Return where the teacher's bivectors move its own training queries: [d, rank] float64.
 
     The leading eigenvectors of sum_q (q G L)^T (q G L), L the bivector of q's cluster.
@@ -172,7 +172,7 @@ def principal_subspace(teacher: TeacherModel, rank: int) -> Tensor:
     return found
 
 
-def build(spec: SharedSubspace, teacher: TeacherModel, seed: int) -> SharedSubspaceStudent:
+def build(spec: SharedSubspace, teacher: RotationTeacher, seed: int) -> SharedSubspaceStudent:
     """Take G, U and S_c = U^T L_c U from the teacher."""
     clusters, dim, _ = teacher.bivectors.shape
     rank = spec.subspace

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core.registry import scan
 from core.rotations.mixture import Mixture
-from core.specs.base import Closed
+from core.specs.teachers import Answering
 from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
 
@@ -35,39 +35,53 @@ class Answers:
     """What a teacher says to some queries."""
 
     vectors: Tensor
-    """[Q, d] targets, dtype and device of the teacher."""
-    mixture: Mixture
-    """The weights over the clusters that they were blended by; see ``TeacherModel.mixture``."""
+    """[Q, m] targets, dtype and device of the teacher."""
+    mixture: Mixture | None
+    """The weights over the clusters that they were blended by; None of a teacher without any."""
 
 
 class TeacherModel(Protocol):
-    """A federated model with a way to answer queries; built once, asked in blocks."""
+    """A model with a way to answer queries; built once, asked in blocks.
 
-    model: Federated
+    Training queries are [n, d], answers [n, m]; m is d where the model rotates.
+    """
+
     device: torch.device
-    routes_over: Literal["queries", "sources", "centroids"]
-    """What a query is compared with to find its clusters."""
     answers_new: bool
     """Whether it answers queries that are not stored."""
-    temperature: float
-    top_k: int
 
     @property
-    def anchor(self) -> Tensor:
-        """[d, d]: applied to a query once, before its blend of rotations."""
+    def queries(self) -> Array:
+        """[n, d] float32, the training queries."""
 
     @property
-    def bivectors(self) -> Tensor:
-        """[C, d, d] skew: log(G^T W_c), or log W_c where those are blended; computed if needed."""
+    def truths(self) -> Array:
+        """[n, m] float32, what belongs to them in truth."""
+
+    @property
+    def cluster_of(self) -> Array:
+        """[n] int64: which of the training queries err together."""
+
+    @property
+    def centroids(self) -> Array | None:
+        """[C, d] float32, of the clusters it weighs; None where it weighs none."""
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """[d, d]: applied to a query once, before all else; None where nothing is."""
 
     def mixture(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Mixture:
-        """Return each query's convex weights over the clusters."""
+        """Return each query's convex weights over the clusters.
+
+        Raises:
+            DataInvalid: it weighs none.
+        """
 
     def answers(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Answers:
         """Return targets and weights; see ``targets``."""
 
     def targets(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Tensor:
-        """Return the teacher's answers: [Q, d], on its device.
+        """Return the teacher's answers: [Q, m], on its device.
 
         Args:
             queries: [Q, d] floating.
@@ -89,13 +103,32 @@ class TeacherModel(Protocol):
         """Return the teacher with these pairs stored too; itself where it computes its answers."""
 
 
+class RotationTeacher(TeacherModel, Protocol):
+    """A teacher that blends the rotations of a federated model."""
+
+    model: Federated
+    routes_over: Literal["queries", "sources", "centroids"]
+    """What a query is compared with to find its clusters."""
+    temperature: float
+    top_k: int
+
+    @property
+    def anchor(self) -> Tensor:
+        """[d, d]: applied to a query once, before its blend of rotations."""
+
+    @property
+    def bivectors(self) -> Tensor:
+        """[C, d, d] skew: log(G^T W_c), or log W_c where those are blended; computed if needed."""
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A plugin: what may be said about it, and how it is made."""
 
-    spec: type[Closed]
-    build: Callable[[Federated, Any, str | torch.device, Bivectors | None], TeacherModel]
-    """(model, spec, device, bivectors or None to compute them) -> the teacher."""
+    spec: type[Answering]
+    build: Callable[[Any, Any, str | torch.device, Bivectors | None], TeacherModel]
+    """(model of the format ``spec.reads``, spec, device, logarithms of a model of rotations or
+    None to compute them) -> the teacher."""
 
 
 def teachers() -> Mapping[str, Teacher]:

@@ -67,6 +67,26 @@ class FederatedTeacher(ABC):
         self._keys = self._tensor(model.queries)
         self._cluster_of = torch.from_numpy(model.cluster_of).to(self.device)
 
+    @property
+    def queries(self) -> Array:
+        """[n, d] float32, the model's training queries."""
+        return self.model.queries
+
+    @property
+    def truths(self) -> Array:
+        """[n, d] float32, their targets."""
+        return self.model.targets
+
+    @property
+    def cluster_of(self) -> Array:
+        """[n] int64, their clusters."""
+        return self.model.cluster_of
+
+    @property
+    def centroids(self) -> Array:
+        """[C, d] float32, of the clusters."""
+        return self.model.centroids
+
     @abstractmethod
     def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
         """Answer [Q, d] queries by given weights: [Q, d]."""

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.distill.routing import EqualRows
 from core.distill.teachers._base import Teacher
 from core.distill.teachers._federated import FederatedTeacher
 from core.distill.teachers._keys import digest
+from core.distill.teachers._stored import StoredAnswers
 from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
 from core.specs.teachers import Paired
@@ -62,25 +62,11 @@ class PairedTeacher(FederatedTeacher):
         return self.model
 
     @cached_property
-    def _means(self) -> tuple[EqualRows, Array]:
-        """Which stored queries are equal, and the mean target of each: [n, d] float64, by row."""
-        stored = EqualRows.among(self._stored.queries)
-        sums = np.zeros(self._stored.targets.shape)
-        np.add.at(sums, stored.first, self._stored.targets)
-        counts = np.bincount(stored.first, minlength=len(sums)).clip(min=1)
-        return stored, sums / counts[:, None]
+    def _answers(self) -> StoredAnswers:
+        return StoredAnswers(self._stored.queries, self._stored.targets, teacher="paired")
 
     def _look_up(self, queries: Tensor | Array) -> Tensor:
-        rows, means = self._means
-        given = queries.cpu().numpy() if isinstance(queries, Tensor) else queries
-        found = rows.rows(given)
-        if (found < 0).any():
-            unknown = int(np.argmax(found < 0))
-            raise DataInvalid(
-                f"queries: row {unknown} is not stored ({int((found < 0).sum())} of {len(found)} "
-                "are not); the teacher 'paired' answers stored pairs alone"
-            )
-        return torch.from_numpy(means[found]).to(self.device, self.dtype)
+        return torch.from_numpy(self._answers.look_up(queries)).to(self.device, self.dtype)
 
 
 def _joined(stored: Federated, pairs: Pairs) -> Federated:

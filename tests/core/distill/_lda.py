@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.distill.lda import MultiHeadLDA
-from core.distill.students._projection import ProjectionTransformer
+from core.distill.students.projection_transformer import ProjectionTransformer
 
 DIM, HEADS, WIDTH = 16, 6, 10
 

@@ -21,6 +21,7 @@ from core.distill.training import TrainState, run_epochs
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.codebook import bases_of
 from core.rotations.skew import from_planes
+from core.specs.sizes import Sizes
 from core.specs.students import Canonical
 from tests.core.distill._make import (
     DIM,
@@ -251,7 +252,7 @@ def test_planes_of_the_teacher_come_nearer_to_it_than_canonical_ones() -> None:
         student = build_student(spec_of(form), make_teacher(), 0)
         state = TrainState.start(student, training, seed=0)
         run_epochs(state, make_data(training), 0, 8, lambda done, total: None)
-        reached.append(state.best_cosine)
+        reached.append(state.best_score)
     assert reached[1] > reached[0] + 0.05
 
 
@@ -317,7 +318,7 @@ def test_what_the_width_cannot_hold_is_refused(
     form: dict[str, Any], match: str, pointer: str
 ) -> None:
     with pytest.raises(SpecInvalid, match=match) as caught:
-        spec_of(form).check_width(DIM)
+        spec_of(form).check_sizes(Sizes(DIM, DIM, 100, 4))
     assert caught.value.pointer == pointer
 
 

@@ -25,12 +25,14 @@ def make_batch(*, equal: bool, scale: float = 1.0) -> Batch:
         candidates=torch.randn(9, 6, generator=generator),
         log_weights=log_weights.requires_grad_(),
         weights=weights,
+        decoded=(scale * teacher if equal else other).clone().requires_grad_(),
     )
 
 
 @every_loss
 def test_a_term_is_zero_where_student_and_teacher_agree(loss: Loss) -> None:
-    assert abs(loss.compute(make_batch(equal=True, scale=3.0)).item()) < 1e-6
+    scale = 1.0 if loss.needs_lengths else 3.0
+    assert abs(loss.compute(make_batch(equal=True, scale=scale)).item()) < 1e-6
 
 
 @every_loss
@@ -42,6 +44,7 @@ def test_a_term_is_positive_elsewhere_and_gradients_are_finite(loss: Loss) -> No
         assert equal or value > 0
         value.backward()
         leaf: Tensor | None = batch.log_weights if loss.needs_router else batch.student
+        leaf = batch.decoded if loss is losses()["reconstruction"] else leaf
         assert leaf is not None
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from core.distill.graph import IR_VERSION, OPSET, Graph
 from core.distill.students._base import Shown
-from core.distill.students._projection import ProjectionTransformer, restore
+from core.distill.students.projection_transformer import ProjectionTransformer, restore
 from core.errors import SpecInvalid
 
 DIM = 24

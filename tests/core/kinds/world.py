@@ -138,8 +138,9 @@ class World:
             codebook={"method": "combined", "n_components": 4},
             compat="legacy",  # other bivectors than cache_targets': a chunk found again makes none
         )
+        lda = self.submit(kind="fit_lda", pairs=pairs, mode="maps", temperature=0.1)
         jobs = (
             *(fit, cache, distill, sweep, evaluate),
-            *(combined, echo, export, taken_in, codebook),
+            *(combined, echo, export, taken_in, codebook, lda),
         )
         return {self.job(job_id).kind: job_id for job_id in jobs}

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.distill.students._base import Routed, Shown, StudentModule
+from core.distill.students._base import PlainModule, Student
+from core.distill.teachers._base import TeacherModel
 from core.errors import SpecInvalid
+from core.rotations.sphere import typical_length
 from core.specs.architectures import whole_number
+from core.specs.plain_students import ProjectionTransformer as ProjectionTransformerSpec
 
 
-class ProjectionTransformer(StudentModule):
+class ProjectionTransformer(PlainModule):
     """Linear, L encoder layers (GELU, post-norm) on a sequence of length 1, linear.
 
     The parameters are those of ``nn.TransformerEncoder`` under document 001's names. A softmax over
@@ -36,10 +39,6 @@ class ProjectionTransformer(StudentModule):
     Raises:
         SpecInvalid: a size is no positive integer, H does not divide d, dropout is out of range.
     """
-
-    takes_weights = False
-    takes_anchored = False
-    has_router = False
 
     def __init__(
         self,
@@ -72,13 +71,14 @@ class ProjectionTransformer(StudentModule):
             "ff_dim": hidden,
             "dropout": float(dropout),
         }
+        self.draws = bool(dropout)
         self.input_proj = nn.Linear(d, d)
         layer = nn.TransformerEncoderLayer(
             d, heads, hidden, dropout=dropout, activation="gelu", batch_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.output_proj = nn.Linear(d, m)
-        self._start_at(1.0)
+        self.start_at(1.0)
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] queries to [B, m]."""
@@ -91,7 +91,7 @@ class ProjectionTransformer(StudentModule):
         answers: Tensor = self.output_proj(x)
         return answers
 
-    def _start_at(self, length: float) -> None:
+    def start_at(self, length: float) -> None:
         """Scale the last layer so that untrained answers are about so long.
 
         Its input is normalised, of length sqrt(d). Torch's own start gives answers of length
@@ -100,14 +100,6 @@ class ProjectionTransformer(StudentModule):
         with torch.no_grad():
             self.output_proj.weight.mul_(length * (3 / self.output_proj.out_features) ** 0.5)
             self.output_proj.bias.zero_()
-
-    def routed(self, shown: Shown) -> Routed:
-        """Map training queries; it has no router of its own."""
-        return Routed(self(shown.queries))
-
-    def with_lengths(self, vectors: Tensor, queries: Tensor) -> Tensor:
-        """Leave the vectors as they are: this student says lengths itself."""
-        return vectors
 
     def free_parameters(self) -> int:
         """Count parameters that an answer depends on: queries' and keys' projections never do."""
@@ -131,6 +123,25 @@ class ProjectionTransformer(StudentModule):
 
     def _layers(self) -> list[Any]:
         return list(self.encoder.layers)
+
+
+def build(
+    spec: ProjectionTransformerSpec, teacher: TeacherModel, seed: int
+) -> ProjectionTransformer:
+    """Draw the layers as torch does, for answers as long as the teacher's; the caller seeded it."""
+    del seed
+    assert spec.num_heads is not None
+    assert spec.num_layers is not None
+    student = ProjectionTransformer(
+        teacher.queries.shape[1],
+        spec.num_heads,
+        spec.num_layers,
+        spec.ff_dim,
+        out_dim=teacher.truths.shape[1],
+        dropout=spec.dropout,
+    )
+    student.start_at(float(typical_length(torch.from_numpy(teacher.truths))))
+    return student
 
 
 def restore(config: Mapping[str, Any]) -> ProjectionTransformer:
@@ -172,3 +183,6 @@ def _value(attention: Any) -> tuple[Tensor, Tensor]:
 def _emit_norm(graph: Graph, norm: Any, x: str) -> str:
     scale, shift = graph.constant(norm.weight), graph.constant(norm.bias)
     return graph.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=norm.eps)
+
+
+STUDENT = Student(spec=ProjectionTransformerSpec, build=build, restore=restore)

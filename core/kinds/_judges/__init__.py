@@ -1,0 +1,1 @@
+"""How `evaluate` judges over each format of model: one file each."""

@@ -1,0 +1,82 @@
+"""Document 004's configuration of a distillation from stored embeddings, and its presets."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from core.specs.base import Closed
+from core.specs.schedules import ScheduleType, TauSchedule
+
+HOTTEST = 1e3
+"""A temperature at which all cosines are alike to three digits."""
+Tau = Annotated[float, Field(gt=0, le=HOTTEST)]
+
+
+class DistillationConfig(Closed):
+    """What is distilled into what, and how. Fields and printed values are document 004's.
+
+    ``curriculum`` says which temperatures are in force: those of its schedule, stage by stage, or
+    ``tau`` throughout. ``get_tau_for_stage`` answers for both.
+    """
+
+    teacher_checkpoint: str = Field(
+        "models/teacher_1536d.pt",
+        min_length=1,
+        max_length=4096,
+        description="Path of the teacher's stored embeddings, .pt or .safetensors.",
+    )
+    teacher_dim: int = Field(1536, ge=2, le=65_536, description="Width of the teacher's vectors.")
+    student_dim: int = Field(5, ge=2, le=65_536, description="Width of the student's vectors.")
+    tau: Tau = Field(1.0, description="Temperature of the relations, without a curriculum.")
+    alpha: float = Field(
+        0.7, ge=0, le=1, description="Weight of distillation; reconstruction has 1 - alpha."
+    )
+    device: str = Field(
+        "cpu",
+        pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$",
+        description="auto: CUDA where there is one, else the CPU.",
+    )
+    curriculum: bool = Field(
+        default=False, description="Whether the temperature changes by stages."
+    )
+    curriculum_stages: int = Field(5, ge=1, le=10_000, description="Of a curriculum.")
+    curriculum_tau_schedule: tuple[Tau, Tau] = Field(
+        (4.0, 0.5), description="Temperatures of a curriculum's first and last stage."
+    )
+    curriculum_schedule_type: ScheduleType = Field(
+        "linear", description="How the temperature goes from the first to the last."
+    )
+    epochs: int = Field(10, ge=1, le=100_000, description="Of every stage.")
+    batch_size: int = Field(
+        32, ge=2, le=65_536, description="Rows; relations are between the rows of a batch."
+    )
+    learning_rate: float = Field(1e-4, gt=0, le=10)
+
+    def get_tau_for_stage(self, stage: int) -> float:
+        """Return the temperature in force at a stage, counted from 0; the nearest one's outside.
+
+        Raises:
+            SpecInvalid: ``stage`` is not a whole number.
+        """
+        start, end = self.curriculum_tau_schedule if self.curriculum else (self.tau, self.tau)
+        schedule = TauSchedule(start, end, self.curriculum_stages, self.curriculum_schedule_type)
+        return schedule(stage)
+
+
+def get_tau_for_stage(config: DistillationConfig, stage: int) -> float:
+    """Return the temperature in force at a stage: ``config.get_tau_for_stage`` as a function."""
+    return config.get_tau_for_stage(stage)
+
+
+DEFAULT_OPENAI_CONFIG = DistillationConfig()
+"""1536 dimensions, as OpenAI's embeddings have, to 5; one temperature."""
+
+CURRICULUM_CONFIG = DistillationConfig(
+    curriculum=True, curriculum_stages=5, curriculum_tau_schedule=(4.0, 0.5)
+)
+"""The same with temperatures from 4.0 to 0.5 in 5 stages."""
+
+FAST_CONFIG = DistillationConfig(batch_size=16, epochs=3, learning_rate=1e-3)
+"""A quick look: smaller batches, fewer epochs, larger steps."""
