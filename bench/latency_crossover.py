@@ -7,12 +7,13 @@ are timed in turns at 18, 64, 400 and 4096 heads of width 384, twice over.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
 from bench._report import Figure, options, print_table, verdict
 from core.distill.latency import Crossover, Measurement, crossover, measure_crossover
-from core.distill.latency_report import HEADER, advise, draw_crossover, table
+from core.distill.latency_report import advise, draw_crossover
 from core.distill.lda import MultiHeadLDA
 
 WIDTH, CLUSTERS, BATCHES, THREADS = 384, (18, 64, 400, 4096), (1, 32, 4096), 2
@@ -24,11 +25,15 @@ AGREE_BAR, REPEAT_BAR = 4.0, 2.0
 def main() -> int:
     """Measure twice; compare the crossover of large batches with the one counted in operations."""
     parser = options(__doc__)
-    parser.add_argument("--draw", metavar="PNG", help="draw both sides against the heads")
+    parser.add_argument(
+        "--draw", metavar="PNG", type=Path, help="draw both sides against the heads"
+    )
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     rounds = [_measured() for _ in range(ROUNDS)]
-    print_table(HEADER, table(rounds[-1]))
+    print(advise(rounds[-1]))
+    if args.draw:
+        draw_crossover(args.draw, rounds[-1])
     found = [crossover(each) for each in rounds]
     print_table(
         ["batch", "crossover", "and again", "by operations"],
@@ -37,9 +42,6 @@ def main() -> int:
             for one, other in zip(*found, strict=True)
         ],
     )
-    print(advise(rounds[-1]))
-    if args.draw:
-        draw_crossover(args.draw, rounds[-1])
     largest = [next(each for each in one if each.batch == max(BATCHES)) for one in found]
     return verdict(
         "latency_crossover",

@@ -81,6 +81,8 @@ def run(plan: Plan) -> None:
     lda = MultiHeadLDA.of(model)
     questions = split(plan, model)
     student = make_student(plan, model)
+    if plan.output is not None:  # a place that cannot be is said before the training
+        plan.output.parent.mkdir(parents=True, exist_ok=True)
     click.echo(f"{plan.db}: {_sizes(model)}, {len(questions.test)} questions kept to judge on")
     _say_architectures(lda.num_heads, plan)
     history = train(plan, student, lda, questions)
@@ -188,7 +190,6 @@ def show(found: Mapping[str, float | None]) -> None:
 
 def save(path: Path, student: ProjectionTransformer, facts: Mapping[str, object]) -> None:
     """Write the student's three files, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         files = export_student(student, Path(folder), facts=facts)
         ends = {files.torch: path, files.safetensors: path.with_suffix(".safetensors"),

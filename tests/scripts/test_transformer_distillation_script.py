@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from core.distill.export import load_student
 from core.distill.lda import MultiHeadLDA
 from core.tensors.lda import LDA
 from core.tensors.lda_db import save_lda_db
@@ -110,10 +111,12 @@ def test_the_weights_are_written_and_are_the_student(tmp_path: Path, width: int)
     kept = torch.load(tmp_path / "made" / "student.pt", weights_only=True)
     assert '"name": "projection_transformer"' in kept["header"]
     assert '"ridge_cosine"' in kept["header"]
-    if width == DIM:
-        session = onnxruntime.InferenceSession(str(tmp_path / "made" / "student.onnx"))
-        [said] = session.run(None, {"queries": questions(3).numpy()})
-        assert np.asarray(said).shape == (3, width)
+    again = load_student(tmp_path / "made" / "student.safetensors")
+    session = onnxruntime.InferenceSession(str(tmp_path / "made" / "student.onnx"))
+    [said] = session.run(None, {"queries": questions(3).numpy()})
+    wanted = again(questions(3)).detach().numpy()
+    assert wanted.shape == (3, width)
+    assert np.abs(np.asarray(said) - wanted).max() < 1e-5
 
 
 def test_the_same_command_writes_the_same_bytes(db: Path, tmp_path: Path) -> None:
@@ -170,6 +173,14 @@ def test_what_cannot_be_is_said_without_a_traceback(db: Path, arguments: str, wo
 )
 def test_wrong_options_are_named(db: Path, arguments: str, words: str) -> None:
     assert words in failed(db, arguments, code=2)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_training(db: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = run(db, f"{QUICK} --output {tmp_path}/file/student.pt")
+    assert ended.exit_code == 1
+    assert "file" in ended.stderr
+    assert "epochs" not in ended.stdout
 
 
 def test_files_that_are_no_database_are_refused(tmp_path: Path) -> None:
