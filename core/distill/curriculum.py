@@ -19,8 +19,6 @@ from core.tensors.shards import Array
 
 NEIGHBOURS = 8
 """A made query lies between a training query and one of this many nearest."""
-NOISE = 0.1
-"""Length of the tangent noise on a made query, of its own length."""
 MADE_ROWS = 1024
 """Made queries the teacher answers at a time."""
 ANSWERED_ROWS = 1024
@@ -65,6 +63,8 @@ class TrainingData:
     """[s] int64: the first row of every distinct query among ``train``."""
     same: Tensor
     """[n] int64: the first row of ``real`` with the same query; what a row must exclude."""
+    noise: float
+    """Length of the tangent noise on a made query, of its own length."""
 
     # What costs as much as routing every query is computed where it is asked for first: a student
     # without a router needs no weights, a training without made queries no neighbours.
@@ -191,7 +191,7 @@ class TrainingData:
         a, b = own[parents[:, 0]], own[parents[:, 1]]
         share = torch.rand(len(parents), 1, generator=generator)
         noise = torch.randn(a.shape, generator=generator)
-        return jitter(slerp(a, b, share), noise, size=NOISE)
+        return jitter(slerp(a, b, share), noise, size=self.noise)
 
 
 def training_data(
@@ -245,6 +245,7 @@ def training_data(
         validation=hidden[which].nonzero().flatten().to(device),
         shown=firsts[~hidden].to(device),
         same=same,
+        noise=training.made_noise(),
     )
 
 

@@ -13,6 +13,8 @@ from core.specs.schedules import ScheduleType, TauSchedule
 
 MADE_SHARE = 0.25
 """Share of made queries that ``augment: null`` means where the teacher can answer them."""
+MADE_NOISE = 0.1
+"""What ``augment_noise: null`` means."""
 PLATEAU_FACTOR = 0.5
 """What ``plateau_factor: null`` means."""
 PLATEAU_PATIENCE = 1
@@ -77,6 +79,13 @@ class Training(Closed):
         description="Share of each batch that is made: SLERP between neighbours + tangent noise. "
         f"null: {MADE_SHARE} where the teacher can answer new queries, 0 where it cannot.",
     )
+    augment_noise: float | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description=f"Length of a made query's tangent noise, of its own; null: {MADE_NOISE}. An "
+        "LDA, which is smooth all over the sphere, teaches more by 1.",
+    )
     centroid_warmup_epochs: int = Field(
         0,
         ge=0,
@@ -135,6 +144,11 @@ class Training(Closed):
                     f"{name} {value} is scheduler 'plateau''s: leave it null with "
                     f"scheduler '{self.scheduler}'"
                 )
+        if self.augment_noise is not None and self.augment == 0:
+            raise ValueError(
+                f"augment_noise {self.augment_noise:g} with augment 0, which makes no query: leave "
+                "it null"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate {self.accumulate} of batch_size {self.batch_size}: a part needs a row"
@@ -222,6 +236,10 @@ class Training(Closed):
         if self.augment is None:
             return MADE_SHARE if answers_new else 0.0
         return self.augment
+
+    def made_noise(self) -> float:
+        """Return ``augment_noise`` with its null resolved."""
+        return MADE_NOISE if self.augment_noise is None else self.augment_noise
 
     def check_teacher(self, *, answers_new: bool) -> None:
         """Refuse what needs answers to new queries from a teacher that gives none.

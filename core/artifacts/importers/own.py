@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,11 @@ def from_file(
     """
     names = check_header(source, limits=limits)
     told = shards.load_manifest(source).get("format")
-    if told == "federated_model":
-        model = load_federated(source)
-        save_federated(target, model)
-        return "federated_model", model.meta(), []
-    if told == "lda_model":
-        lda = load_lda(source)
-        save_lda(target, lda)
-        return "lda_model", lda.meta(), []
+    if told in _OURS:
+        return str(told), *_OURS[str(told)](source, target)
     for what, format_name in caches.FORMATS.items():
         if told == format_name:
             return caches.from_tensors(source, target, what=what, limits=limits)
-    if told == "codebook":
-        return "codebook", *codebook.from_file(source, target)
-    if told == "embeddings":
-        return "embeddings", *embeddings.from_file(source, target)
     if set(pairs.NEEDED) <= names and "rotations" not in names:
         tensors, _ = shards.load(source)
         return "pairs", *pairs.from_tensors(target, tensors)
@@ -57,6 +48,27 @@ def from_file(
         "(query_embeddings, target_embeddings), embeddings, or a federated_model, lda_model, "
         "codebook, bivectors_cache or targets_cache written by this service"
     )
+
+
+def _federated(source: Path, target: Path) -> tuple[dict[str, Any], list[str]]:
+    model = load_federated(source)
+    save_federated(target, model)
+    return model.meta(), []
+
+
+def _lda(source: Path, target: Path) -> tuple[dict[str, Any], list[str]]:
+    model = load_lda(source)
+    save_lda(target, model)
+    return model.meta(), []
+
+
+_OURS: Mapping[str, Callable[[Path, Path], tuple[dict[str, Any], list[str]]]] = {
+    "federated_model": _federated,
+    "lda_model": _lda,
+    "codebook": codebook.from_file,
+    "embeddings": embeddings.from_file,
+}
+"""Formats that this service writes, by the name in their manifest: what rewrites them."""
 
 
 def check_header(source: Path, *, limits: Limits) -> set[str]:

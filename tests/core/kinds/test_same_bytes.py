@@ -103,7 +103,9 @@ def run_everything(folder: Path, *, workers: int, kills: Sequence[str | None] = 
     wanted = list(kills)
     with crew(folder, workers) as there:
         until = time.monotonic() + 240
-        while any(world.job(job_id).state not in TERMINAL for job_id in jobs.values()):
+        while any(
+            world.job(job_id).state not in TERMINAL for job_id in [*jobs.values(), *world.others]
+        ):
             assert time.monotonic() < until, (folder / "workers.log").read_text()[-4000:]
             time.sleep(0.01)
             if wanted and there.kill_at_work(lambda pid: _at_work(world, pid, wanted[0])):
@@ -116,7 +118,8 @@ def run_everything(folder: Path, *, workers: int, kills: Sequence[str | None] = 
     attempts = sum(world.job(job_id).attempts for job_id in jobs.values())
     with reading(engine) as session:
         owners = len(set(session.scalars(select(Chunk.owner))))
-    found = Ran(world.files(), attempts, owners)
+    files = {at: sha for at, sha in world.files().items() if not kinds()[at[0]].timed}
+    found = Ran(files, attempts, owners)
     engine.dispose()
     return found
 
