@@ -17,7 +17,7 @@ Weight = float | None
 DEFAULTS: Mapping[Compares, Mapping[str, float]] = {
     "directions": {"geodesic": 1.0, "cvar": 0.25, "retrieval_kl": 0.05, "router_kl": 0.1},
     "vectors": {"mse": 0.3, "cosine": 0.7, "router_kl": 0.1},
-    "relations": {"relational_kl": 0.7, "reconstruction": 0.3},
+    "relations": {"neighbour_kl": 0.7, "reconstruction": 0.3},
 }
 """What null means; a term of a router or a decoder only where the student has one."""
 EQUAL_WIDTH = frozenset(
@@ -26,7 +26,7 @@ EQUAL_WIDTH = frozenset(
 """Terms that hold coordinates against coordinates."""
 OF_ROUTER = frozenset({"router_kl"})
 OF_DECODER = frozenset({"reconstruction"})
-TEMPERED = frozenset({"relational_kl"})
+TEMPERED = frozenset({"relational_kl", "neighbour_kl"})
 """Terms that ``training.tau`` acts on."""
 
 
@@ -40,8 +40,8 @@ class Losses(Closed):
 
     Students that keep lengths: geodesic 1, cvar 0.25, retrieval_kl 0.05, router_kl 0.1. Others of
     the teacher's width: mse 0.3, cosine 0.7 (documents 001 and 003), router_kl 0.1. Of another
-    width: relational_kl 0.7, reconstruction 0.3 (document 004). Router and decoder terms only
-    where the student has one.
+    width: neighbour_kl 0.7, reconstruction 0.3 (document 004's alpha). Router and decoder terms
+    only where the student has one.
     """
 
     geodesic: Weight = _weight("Mean squared geodesic angle, rad^2.")
@@ -56,6 +56,10 @@ class Losses(Closed):
     cosine: Weight = _weight("1 - cosine.")
     relational_kl: Weight = _weight(
         "KL between the in-batch similarity distributions of teacher and student, tau^2 scaled."
+    )
+    neighbour_kl: Weight = _weight(
+        "KL between who is near whom in the batch: the teacher's by cosine, the student's by "
+        "distance with heavy tails, tau^2 scaled."
     )
     rkd_distance: Weight = _weight("Huber loss of relative in-batch distances.")
     rkd_angle: Weight = _weight("Huber loss of in-batch angles.")

@@ -198,7 +198,12 @@ class Hierarchical(Plain):
     layers: int = Field(2, ge=1, le=32, description="Hidden ones, of the encoder.")
     dropout: float = Field(0.0, ge=0, lt=1)
     noise: float = Field(
-        0.0, ge=0, le=10, description="Length of the noise on a training query, of its own."
+        0.7,
+        ge=0,
+        le=10,
+        description="Length of the noise on a training query, of its own; the teacher's side has "
+        "none. Without it a narrow code learns its training rows by heart (recall of held-out "
+        "neighbours on WordNet 0.13 against 0.21).",
     )
     decoder: int = Field(
         256,

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.distill.graph import Graph
-from core.rotations.sphere import typical_length
+from core.rotations.sphere import keep_length
 from core.tensors.shards import Array
 
 
 class Perceptron(nn.Module):
-    """Linear layers with GELU between them, of queries over their typical length.
+    """Linear layers with GELU between them, of queries less their mean, entries of size 1.
 
     Args:
         dim: d, width of the queries.
@@ -22,7 +22,7 @@ class Perceptron(nn.Module):
         layers: hidden ones.
         width: m, of the answers.
         dropout: of hidden units, while it trains.
-        noise: length of what is added to a query while it trains, over its own.
+        noise: length of what is added to a query while it trains, over its own; its length stays.
     """
 
     def __init__(
@@ -37,31 +37,38 @@ class Perceptron(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout, self.noise = dropout, noise
-        self.length: Tensor
-        self.register_buffer("length", torch.ones(()))
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(()))
         widths = [dim, *[hidden] * layers, width]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, queries: Tensor) -> Tensor:
         """Map [B, d] to [B, m]."""
-        x = queries / self.length
+        x = queries
         if self.training and self.noise:
             added = torch.randn_like(x) * (self.noise * x.shape[1] ** -0.5)
-            x = x + added * x.norm(dim=1, keepdim=True)
+            x = keep_length(x + added * x.norm(dim=1, keepdim=True), x)
+        x = (x - self.mean) / self.scale
         *inner, last = self.layers
         for layer in inner:
             x = functional.dropout(functional.gelu(layer(x)), self.dropout, self.training)
         answers: Tensor = last(x)
         return answers
 
-    def fit_length(self, queries: Array) -> None:
-        """Take the typical length of [n, d] training queries."""
+    def fit_input(self, queries: Array) -> None:
+        """Take the mean of [n, d] training queries, and how far their entries are from it."""
+        wide = torch.from_numpy(queries).double()
+        spread = (wide - wide.mean(0)).square().mean().sqrt()
         with torch.no_grad():
-            self.length.copy_(typical_length(torch.from_numpy(queries)))
+            self.mean.copy_(wide.mean(0))
+            self.scale.copy_(spread if spread > 0 else torch.ones(()))
 
     def emit(self, graph: Graph, queries: str) -> str:
         """Add ``forward`` to an ONNX graph."""
-        x = graph.op("Div", queries, graph.constant(self.length))
+        x = graph.op("Sub", queries, graph.constant(self.mean))
+        x = graph.op("Div", x, graph.constant(self.scale))
         *inner, last = self.layers
         for layer in inner:
             assert isinstance(layer, nn.Linear)

@@ -99,7 +99,7 @@ def build(spec: Hierarchical, teacher: TeacherModel, seed: int) -> HierarchicalS
         decoder=spec.decoder,
         embedding_dim=sizes.width,
     )
-    student.encoder.fit_length(teacher.queries)
+    student.encoder.fit_input(teacher.queries)
     return student
 
 

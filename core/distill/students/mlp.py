@@ -68,7 +68,7 @@ def build(spec: Mlp, teacher: TeacherModel, seed: int) -> MlpStudent:
         noise=spec.noise,
         compares=spec.compares(sizes),
     )
-    student.body.fit_length(teacher.queries)
+    student.body.fit_input(teacher.queries)
     return student
 
 
