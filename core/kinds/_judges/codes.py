@@ -74,7 +74,8 @@ def _report(asked: Asked, outputs: dict[str, Array], rows: Array, dropped: int) 
     from core.distill.code_report import write_code_report
 
     del dropped
-    model, named, told = _model(asked), {}, None
+    model, told = _model(asked), None
+    named: dict[str, Array] = {}
     for dim in _levels(asked):
         if dim <= model.embeddings.shape[1]:
             named |= baseline_codes(model, dim, seed=asked.seed)
