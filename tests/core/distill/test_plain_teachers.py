@@ -110,7 +110,7 @@ def test_a_teacher_or_a_student_of_another_model_is_refused_by_name() -> None:
             "/training/losses/router_kl",
         ),
         ({"reconstruction": 0.1}, "needs a decoder", "/training/losses/reconstruction"),
-        ({"relational_kl": 0.0}, "no term weighs anything", "/training/losses"),
+        ({"neighbour_kl": 0.0}, "no term weighs anything", "/training/losses"),
     ],
 )
 def test_terms_without_anything_to_act_on_are_refused(
