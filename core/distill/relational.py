@@ -85,13 +85,14 @@ def neighbour_kl(student: Tensor, teacher: Tensor, *, tau: float) -> Tensor:
     check_batch(student, teacher)
     theirs = functional.log_softmax(_others(cosines(teacher)).double() / (NEAR * tau), dim=1)
     width = student.shape[1]
-    inner = _centred_gram(student)
-    own = inner.diagonal()
-    apart = (own[:, None] + own - 2 * inner).clamp(min=0)
+    wide = student.to(torch.promote_types(student.dtype, torch.float32))
+    wide = wide - wide.mean(0)  # far from the origin differences would lose their digits
+    squares = wide.square().sum(1)
+    apart = (squares[:, None] + squares - 2 * wide @ wide.T).clamp(min=0)
     kernel = -(width / 2) * torch.log1p(_others(apart) / max(1, width - 1))
-    ours = functional.log_softmax(kernel / tau, dim=1)
+    ours = functional.log_softmax(kernel.double() / tau, dim=1)
     divergence: Tensor = tau**2 * (theirs.exp() * (theirs - ours)).sum(1).mean()
-    return divergence.to(torch.promote_types(student.dtype, torch.float32))
+    return divergence.to(wide.dtype)
 
 
 def gram(student: Tensor, teacher: Tensor) -> Tensor:
