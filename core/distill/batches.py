@@ -82,7 +82,11 @@ def epoch_batches(
                 block = step // span
                 rows_made = min(span, plan.steps - block * span) * plan.made
                 made = data.made(
-                    rows_made, _seeded(seeds[block]), on_block, with_anchor=wanted.anchored
+                    rows_made,
+                    _seeded(seeds[block]),
+                    on_block,
+                    with_anchor=wanted.anchored,
+                    with_weights=wanted.weights,
                 )
             start = step % span * plan.made
             batch.append(take(made, torch.arange(start, start + plan.made, device=device)))

@@ -13,12 +13,15 @@ from sklearn.manifold import trustworthiness
 from torch.nn import functional
 
 from core.distill.neighbours import NEAREST, nearest_rows, recall_among
+from core.distill.nulls import fit_ridge
 from core.distill.students.linear import principal_axes
 from core.tensors.embeddings import Embeddings
 from core.tensors.shards import Array
 
 TRUSTED_ROWS = 2000
 """Rows among which trustworthiness is measured at most: it ranks every pair."""
+PCA, RIDGE = "PCA", "ridge to PCA"
+"""Rows that learn nothing, by the start of their names."""
 TERMS = 8
 EDGE = 0.1
 """Share of the rows at either end of an axis whose words are compared."""
@@ -77,6 +80,21 @@ def pca_codes(model: Embeddings, dim: int) -> Array:
     axes = principal_axes(train, dim)
     codes: Array = ((vectors.double() - train.double().mean(0)) @ axes).float().numpy()
     return codes
+
+
+def baseline_codes(model: Embeddings, dim: int, *, seed: int) -> dict[str, Array]:
+    """Code every row as a student must beat: [n, dim] float32, by name.
+
+    PCA of the embeddings themselves. Where a student is given something else, that is no map of
+    its inputs: the row to beat is then the ridge regression from inputs to those components.
+    """
+    codes = pca_codes(model, dim)
+    if model.inputs is None:
+        return {f"{PCA} {dim}-D": codes}
+    inputs, train = torch.from_numpy(model.inputs.astype(np.float32)), model.train_rows
+    ridge = fit_ridge(inputs[train], torch.from_numpy(codes[train]), seed=seed)
+    told: Array = ridge(inputs).float().numpy()
+    return {f"{PCA} {dim}-D": codes, f"{RIDGE} {dim}-D": told}
 
 
 def evaluate_codes(
@@ -179,19 +197,21 @@ def axis_terms(codes: Array, texts: Sequence[str]) -> list[Axis]:
 
 
 def _words(rows: Sequence[CodeRow]) -> list[str]:
-    """Hold every code against PCA of its own width."""
-    pca = {row.dim: row for row in rows if row.name.startswith("PCA")}
+    """Hold every code against PCA of its own width, or against what the inputs tell of it."""
+    bases = {row.dim: row for row in rows if row.name.startswith(PCA)}
+    bases |= {row.dim: row for row in rows if row.name.startswith(RIDGE)}
     words = []
     for row in rows:
-        base = pca.get(row.dim)
-        if row.name.startswith("PCA") or base is None:
+        base = bases.get(row.dim)
+        if row.name.startswith((PCA, RIDGE)) or base is None:
             continue
+        name = base.name.removesuffix(f" {row.dim}-D")
         sentence = (
             f"{row.name} keeps {row.recall:.1%} of the teacher's nearest {NEAREST} in {row.dim} "
-            f"dimensions, PCA {base.recall:.1%}"
+            f"dimensions, {name} {base.recall:.1%}"
         )
         if row.recall > base.recall:
             words.append(f"{sentence}: {row.recall / max(base.recall, 1e-9):.2f} times as many.")
         else:
-            words.append(f"Warning: {sentence}. The student is worth no more than PCA.")
+            words.append(f"Warning: {sentence}. The student is worth no more than that.")
     return words

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from core.distill.code_evaluation import CodeEvaluation, CodeRow
+from core.distill.code_evaluation import PCA, RIDGE, CodeEvaluation, CodeRow
 from core.distill.neighbours import NEAREST
 from core.distill.report_parts import (
     QUIET,
@@ -132,7 +132,7 @@ def draw_recall(path: Path, evaluation: CodeEvaluation) -> None:
     """Draw the recall of every row as bars."""
     rows = evaluation.rows
     figure, axes = figure_of(height=1 + 0.45 * len(rows))
-    colours = [QUIET if row.name.startswith("PCA") else STRONG for row in rows]
+    colours = [QUIET if row.name.startswith((PCA, RIDGE)) else STRONG for row in rows]
     bars = axes.barh([row.name for row in rows], [row.recall for row in rows], 0.6, color=colours)
     axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
     axes.invert_yaxis()

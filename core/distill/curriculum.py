@@ -145,6 +145,7 @@ class TrainingData:
         on_block: Callable[[], None],
         *,
         with_anchor: bool,
+        with_weights: bool = True,
     ) -> Examples:
         """Make queries by SLERP between neighbours plus tangent noise, and ask the teacher.
 
@@ -156,6 +157,7 @@ class TrainingData:
             generator: on the CPU; advances by a fixed amount per query.
             on_block: called before each block is answered.
             with_anchor: whether they are wanted by the teacher's anchor too.
+            with_weights: whether the teacher's weights are wanted, if it has any.
         """
         parents = self._parents(count, generator)
         device = self.real.queries.device
@@ -165,10 +167,14 @@ class TrainingData:
         for start in range(0, count, MADE_ROWS):
             on_block()
             block = slice(start, start + MADE_ROWS)
+            if not with_weights:
+                found = self.teacher.targets(queries[block], exclude_rows=exclude[block])
+                vectors.append(found.float())
+                continue
             said = self.teacher.answers(queries[block], exclude_rows=exclude[block])
+            vectors.append(said.vectors.float())
             if said.mixture is not None:
                 mixtures.append(said.mixture)
-            vectors.append(said.vectors.float())
         return Examples(
             queries=queries,
             teacher=torch.cat(vectors),

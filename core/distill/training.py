@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -130,8 +131,22 @@ def validation_cosine(student: StudentModule, data: TrainingData) -> float:
     return float(total) / len(data.validation)
 
 
-def remarks(student: StudentModule) -> list[str]:
-    """Return what whoever asked for this student must be told about its training."""
+def remarks(
+    student: StudentModule, history: Sequence[Mapping[str, float]] = (), *, best: float = -math.inf
+) -> list[str]:
+    """Return what whoever asked for this student must be told about its training.
+
+    Args:
+        student: as it was trained.
+        history: of its training.
+        best: validation score of the state that was taken.
+    """
+    name = score_name(student)
+    if trainable(student) and history and best > max(row[name] for row in history):
+        return [
+            "No epoch was better than the start: the student is the untrained one, which has "
+            f"{name.replace('_', ' ')} {best:.6f}."
+        ]
     if trainable(student):
         return []
     return [

@@ -305,7 +305,8 @@ def export_files(
     from core.distill.training import remarks
 
     trained, folder = state.result(), chunk.workdir
-    told = {"history": state.history, "words": remarks(trained)}
+    words = remarks(trained, state.history, best=state.best_score)
+    told = {"history": state.history, "words": words}
     facts = {
         "teacher": teacher_spec(spec, chunk).model_dump(mode="json"),
         "model": chunk.input("model").sha256,

@@ -67,7 +67,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Map blocks of rows every way, then judge."""
     model = inputs["model"]
     judge, sizes = JUDGES[model.format], Sizes.of(model.meta)
-    _check_inputs(judge, inputs, dim=sizes.dim)
+    _check_inputs(judge, inputs, sizes)
     if spec.teacher is not None:
         told_or_default(spec.teacher, model)
     most = judge.most(inputs)
@@ -80,17 +80,24 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     ]
 
 
-def _check_inputs(judge: Judge, inputs: Mapping[str, Input], *, dim: int) -> None:
+def _check_inputs(judge: Judge, inputs: Mapping[str, Input], sizes: Sizes) -> None:
     """Refuse inputs that are not of this model."""
     if judge.needs_pairs != ("pairs" in inputs):
         said = "needed over" if judge.needs_pairs else "null over"
         raise SpecInvalid(
             f"pairs: {said} a model of format '{inputs['model'].format}'", pointer="/pairs"
         )
+    if judge.needs_pairs and sizes.width != sizes.dim:
+        raise SpecInvalid(
+            f"pairs: their targets have the queries' width, {sizes.dim}; this model answers with "
+            f"{sizes.width} dimensions, so nothing is there to judge it on",
+            pointer="/pairs",
+        )
     for name, given in inputs.items():
-        if given.meta["dim"] != dim:
+        if given.meta["dim"] != sizes.dim:
             raise SpecInvalid(
-                f"{name} has {given.meta['dim']} dimensions, the model {dim}", pointer=f"/{name}"
+                f"{name} has {given.meta['dim']} dimensions, the model {sizes.dim}",
+                pointer=f"/{name}",
             )
     if "student" in inputs and inputs["student"].meta["model"] != inputs["model"].sha256:
         raise SpecInvalid(

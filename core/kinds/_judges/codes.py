@@ -70,14 +70,14 @@ def _levels(asked: Asked) -> list[int]:
 
 
 def _report(asked: Asked, outputs: dict[str, Array], rows: Array, dropped: int) -> Reported:
-    from core.distill.code_evaluation import evaluate_codes, pca_codes
+    from core.distill.code_evaluation import baseline_codes, evaluate_codes
     from core.distill.code_report import write_code_report
 
     del dropped
     model, named, told = _model(asked), {}, None
     for dim in _levels(asked):
         if dim <= model.embeddings.shape[1]:
-            named[f"PCA {dim}-D"] = pca_codes(model, dim)
+            named |= baseline_codes(model, dim, seed=asked.seed)
         if "student" in outputs:
             named[f"student {dim}-D"] = outputs["student"][:, :dim]
             told = told or f"student {dim}-D"
