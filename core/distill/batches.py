@@ -139,16 +139,18 @@ def take(examples: Examples, rows: Tensor) -> Examples:
 def parts(batch: list[Examples], count: int) -> list[tuple[list[Examples], float]]:
     """Cut a batch into ``count`` parts of rows, each with its share of them; real rows stay first.
 
-    Fewer where it has fewer real rows: a part without any has nothing to retrieve among.
+    Fewer where it has fewer real rows: a part without any has nothing to retrieve among. Of made
+    queries and centroids a part may have none.
     """
-    count = min(count, *(len(part) for part in batch))
+    count = min(count, len(batch[0]))
     if count == 1:
         return [(batch, 1.0)]
     device, total = batch[0].queries.device, sum(len(part) for part in batch)
     cut = [torch.arange(len(part), device=device).tensor_split(count) for part in batch]
     found = []
     for number in range(count):
-        some = [take(part, rows[number]) for part, rows in zip(batch, cut, strict=True)]
+        rows_of = zip(batch, (rows[number] for rows in cut), strict=True)
+        some = [take(part, rows) for part, rows in rows_of if len(rows)]
         found.append((some, sum(len(part) for part in some) / total))
     return found
 

@@ -65,7 +65,10 @@ def neighbour_kl(student: Tensor, teacher: Tensor, *, tau: float) -> Tensor:
     student of ``-(k / 2) log(1 + |s_i - s_j|^2 / (k - 1)) / tau``: a Student t kernel of k - 1
     degrees of freedom (van der Maaten 2009, parametric t-SNE), which lets a narrow code keep what
     is near near although it has no room for all that is far. ``relational_kl`` looks at
-    cosines on both sides and, above a temperature of 0.5, at all pairs alike.
+    cosines on both sides and, above a temperature of 0.5, at all pairs alike. Not zero where the
+    relations agree, for the kernels differ. tau^2 keeps the size of a fresh student's gradient over
+    tau in [0.5, 4] to a factor of 1.6 on WordNet's queries; where rows lie in tight clusters even 4
+    is cool, and it grows up to 8 times.
 
     Args:
         student: [B, k] floating; B >= 2.
@@ -83,6 +86,7 @@ def neighbour_kl(student: Tensor, teacher: Tensor, *, tau: float) -> Tensor:
     theirs = functional.log_softmax(_others(cosines(teacher)).double() / (NEAR * tau), dim=1)
     width = student.shape[1]
     wide = student.to(torch.promote_types(student.dtype, torch.float32))
+    wide = wide - wide.mean(0)  # far from the origin differences would lose their digits
     squares = wide.square().sum(1)
     apart = (squares[:, None] + squares - 2 * wide @ wide.T).clamp(min=0)
     kernel = -(width / 2) * torch.log1p(_others(apart) / max(1, width - 1))

@@ -50,12 +50,12 @@ class Stepper:
         assert state.optimizer is not None
         state.optimizer.zero_grad(set_to_none=True)
         values: dict[str, Tensor] = {}
-        for part, share in parts(batch, state.training.accumulate):
-            with self._seeded():
+        with self._seeded():  # once for all parts: each draws its own
+            for part, share in parts(batch, state.training.accumulate):
                 loss, terms = self.loss(part)
-            (loss * share).backward()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                values[name] = values.get(name, 0.0) + value.double() * share
+                (loss * share).backward()
+                for name, value in {"loss": loss.detach(), **terms}.items():
+                    values[name] = values.get(name, 0.0) + value.double() * share
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         state.optimizer.step()

@@ -233,18 +233,28 @@ def _end_epoch(state: TrainState, data: TrainingData, plan: BatchPlan, rate: flo
     """Validate the average, keep the best, see whether to slow down or to stop."""
     means = {name: float(value) / state.within for name, value in state.sums.items()}
     score = _validate(state, data)
-    facts: dict[str, float] = {"learning_rate": rate, score_name(state.student): score}
     told, stage = state.training.curriculum, state.training.stage_of(state.epoch)
-    if told is not None:
-        facts |= {"stage": float(stage), "tau": state.training.tau_of(state.epoch)}
-    state.epoch, state.within, state.sums = state.epoch + 1, 0, {}
-    state.history.append({"epoch": state.epoch, **means, **facts})
+    _record(state, means, rate, score)
+    state.within, state.sums = 0, {}
     if score > state.best_score:
         state.best_score = score
         state.best = {name: value.clone() for name, value in state.ema.items()}
     if state.epoch > plan.warmup_epochs and (told is None or stage == told.stages - 1):
         _judge_gain(state, score)
     state.stopped = state.stopped or state.epoch >= state.training.epochs
+
+
+def _record(state: TrainState, means: dict[str, float], rate: float, score: float) -> None:
+    """Add the row of the epoch that has ended, and count it."""
+    training, stage = state.training, {}
+    if training.curriculum is not None:
+        stage = {
+            "stage": float(training.stage_of(state.epoch)),
+            "tau": training.tau_of(state.epoch),
+        }
+    state.epoch += 1
+    facts = {"learning_rate": rate, score_name(state.student): score, **stage}
+    state.history.append({"epoch": state.epoch, **means, **facts})
 
 
 def _judge_gain(state: TrainState, score: float) -> None:
@@ -284,7 +294,6 @@ def _judge_untrainable(stepper: Stepper, data: TrainingData) -> None:
             for name, value in {"loss": loss, **terms}.items():
                 share = float(value) * len(part) / len(data.validation)
                 means[name] = means.get(name, 0.0) + share
-    score, name = _validate(state, data), score_name(state.student)
-    state.epoch += 1
-    state.history.append({"epoch": state.epoch, **means, "learning_rate": 0.0, name: score})
+    score = _validate(state, data)
+    _record(state, means, 0.0, score)
     state.best_score, state.stopped = score, True

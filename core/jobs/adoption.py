@@ -32,6 +32,8 @@ class Stored:
     cache_key: str | None
     cached: bool
     """Found under its cache key, not computed."""
+    pinned: bool = False
+    """A checkpoint that retention leaves alone."""
 
 
 def adopt(
@@ -66,7 +68,7 @@ def _adopt_one(session: Session, chunk: Chunk, file: Stored, *, now: datetime) -
         "sha256": file.sha256,
         "file_name": file.file_name,
         "cached": file.cached,
-        "pinned": False,
+        "pinned": file.pinned,
         "created_at": now,
     }
     insert_new(session, Output, output)

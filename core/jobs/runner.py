@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -301,9 +301,15 @@ class Runner:
                 raise ChunkCrashed(f"metric {metric.name} is {metric.value} at step {metric.step}")
         with tracing.step("store"):
             stored = [
-                self._store(name, role, produced, found=chunk.found.get(produced.cache_key or ""))
-                for role, made in (("artifact", result.outputs), ("checkpoint", result.checkpoints))
-                for name, produced in made.items()
+                replace(
+                    self._store(name, role, made, found=chunk.found.get(made.cache_key or "")),
+                    pinned=pinned,
+                )
+                for role, files, pinned in (
+                    ("artifact", result.outputs, False),
+                    ("checkpoint", result.checkpoints, result.keep),
+                )
+                for name, made in files.items()
             ]
         return stored, result
 

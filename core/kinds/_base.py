@@ -62,6 +62,8 @@ class ChunkResult:
     metrics: Sequence[Metric] = ()
     score: float | None = None
     """How good the checkpoint is, the lower the better: of a chain the best is kept too."""
+    keep: bool = False
+    """Whether its checkpoints are pinned: kept whatever retention says, until somebody unpins."""
     stage_done: bool = False
     """A chained stage may end early: the chunks left in it are skipped."""
 

@@ -262,8 +262,17 @@ def train_some(
         run_steps(state, data, interval, chunk.progress)
     path = chunk.workdir / "state.safetensors"
     state.save(path)
-    made = Produced(path, "train_state", path.name, meta={"epoch": state.epoch, "step": state.step})
+    made = Produced(path, "train_state", path.name, meta=_place(state))
     return state, made, state.history[first:]
+
+
+def _place(state: TrainState) -> dict[str, int | float]:
+    """Say how far a checkpoint is; of a curriculum also the stage and the temperature it ends."""
+    place: dict[str, int | float] = {"epoch": state.epoch, "step": state.step}
+    if state.training.curriculum is not None:
+        last = max(0, state.epoch - 1)
+        place |= {"stage": state.training.stage_of(last), "tau": state.training.tau_of(last)}
+    return place
 
 
 SCORES = ("validation_cosine", "validation_recall")

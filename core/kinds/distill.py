@@ -107,6 +107,9 @@ def _train(spec: Spec, chunk: Chunk) -> ChunkResult:
         metrics=curves(rows),
         # Inside an epoch nothing has been judged: such a checkpoint is never the best one.
         score=1.0 - last_score(rows) if rows else None,
+        # Document 004: what a curriculum's stage ends with is there to be looked at afterwards.
+        keep=spec.training.curriculum is not None
+        and (state.stopped or spec.training.ends_stage(state.epoch)),
         stage_done=state.stopped,
     )
 

@@ -50,7 +50,9 @@ class JobSpec(Closed):
         None, gt=0, le=31_536_000, description="Seconds after which it fails if it is not done."
     )
     keep_checkpoints: Literal["best_and_latest", "all"] = Field(
-        "best_and_latest", description="Pinned ones are kept in any case."
+        "best_and_latest",
+        description="Pinned ones are kept in any case; "
+        "those that end a stage of a curriculum come pinned.",
     )
     stall_limit_s: float | None = Field(
         None, ge=1, le=86_400, description="A chunk without progress for so long is ended."

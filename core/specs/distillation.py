@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from core.specs.base import Closed
 from core.specs.schedules import ScheduleType, TauSchedule
+
+Relation = Literal["neighbour_kl", "relational_kl"]
+"""Terms of the loss that compare relations and have a temperature."""
 
 HOTTEST = 1e3
 """A temperature at which all cosines are alike to three digits."""
@@ -28,7 +31,7 @@ class DistillationConfig(Closed):
         description="Path of the teacher's stored embeddings, .pt or .safetensors.",
     )
     teacher_dim: int = Field(1536, ge=2, le=65_536, description="Width of the teacher's vectors.")
-    student_dim: int = Field(5, ge=2, le=65_536, description="Width of the student's vectors.")
+    student_dim: int = Field(5, ge=2, le=16_384, description="Width of the student's vectors.")
     tau: Tau = Field(1.0, description="Temperature of the relations, without a curriculum.")
     alpha: float = Field(
         0.7, ge=0, le=1, description="Weight of distillation; reconstruction has 1 - alpha."
@@ -41,7 +44,7 @@ class DistillationConfig(Closed):
     curriculum: bool = Field(
         default=False, description="Whether the temperature changes by stages."
     )
-    curriculum_stages: int = Field(5, ge=1, le=10_000, description="Of a curriculum.")
+    curriculum_stages: int = Field(5, ge=1, le=256, description="Of a curriculum.")
     curriculum_tau_schedule: tuple[Tau, Tau] = Field(
         (4.0, 0.5), description="Temperatures of a curriculum's first and last stage."
     )
@@ -63,6 +66,43 @@ class DistillationConfig(Closed):
         start, end = self.curriculum_tau_schedule if self.curriculum else (self.tau, self.tau)
         schedule = TauSchedule(start, end, self.curriculum_stages, self.curriculum_schedule_type)
         return schedule(stage)
+
+    def job(self, model: str, *, term: Relation = "neighbour_kl") -> dict[str, Any]:
+        """Return the JSON of a ``distill`` job with these settings.
+
+        The student is ``hierarchical`` of one level, ``student_dim`` wide; document 004's two
+        levels are its ``levels`` [5, 25]. ``alpha`` 1 leaves out the decoder, ``alpha`` 0 the
+        temperatures, which nothing would act on. ``teacher_checkpoint`` and ``teacher_dim`` say
+        what to upload; the job takes the width of the model as it is.
+
+        Args:
+            model: SHA-256 or ``job_id/model`` of stored embeddings, whose rows ``hold_out`` split.
+            term: what ``alpha`` weighs. ``relational_kl`` is what ``distill_loss`` computes for
+                unequal widths; ``neighbour_kl``, the student's own default, keeps more neighbours.
+        """
+        stages = self.curriculum_stages if self.curriculum else 1
+        losses = {"neighbour_kl": 0.0, term: self.alpha, "reconstruction": 1 - self.alpha}
+        training = {
+            "epochs": self.epochs * stages,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "losses": losses,
+            **(self._temperatures() if self.alpha else {}),
+        }
+        student: dict[str, Any] = {"name": "hierarchical", "levels": [self.student_dim]}
+        student["level_weights"] = [1.0]
+        if self.alpha == 1:
+            student["decoder"] = 0
+        device = {"auto": "any", "cpu": "cpu"}.get(self.device, "gpu")
+        told = {"student": student, "training": training, "device": device}
+        return {"kind": "distill", "model": model, **told}
+
+    def _temperatures(self) -> dict[str, Any]:
+        if not self.curriculum:
+            return {"tau": self.tau}
+        start, end = self.curriculum_tau_schedule
+        told = {"stages": self.curriculum_stages, "schedule": self.curriculum_schedule_type}
+        return {"curriculum": {**told, "start_tau": start, "end_tau": end}}
 
 
 def get_tau_for_stage(config: DistillationConfig, stage: int) -> float:

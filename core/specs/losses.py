@@ -75,6 +75,8 @@ class Losses(Closed):
     @model_validator(mode="after")
     def _something_to_minimise(self) -> Losses:
         for name, weight in self.custom.items():
+            if name in OWN:
+                raise ValueError(f"custom.{name} {weight:g}: say losses.{name}, which is the same")
             if not 0 <= weight <= 1e6:
                 raise ValueError(f"custom.{name} {weight:g}; allowed: 0 to 1e6")
         own = self.model_dump(exclude={"custom"})
@@ -100,3 +102,7 @@ class Losses(Closed):
         missing = (frozenset() if routes else OF_ROUTER) | (frozenset() if decodes else OF_DECODER)
         default = {name: w for name, w in DEFAULTS[compares].items() if name not in missing}
         return {name: w for name, w in {**default, **self.told()}.items() if w}
+
+
+OWN = frozenset(Losses.model_fields) - {"custom"}
+"""Terms that Stillroom brings."""

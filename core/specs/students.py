@@ -370,7 +370,7 @@ def check_losses(training: Training, student: Student, sizes: Sizes) -> None:
             pointer="/training/losses",
         )
     warm = training.curriculum is not None and training.curriculum.order == "shuffled"
-    if (warm or training.tau is not None) and not (TEMPERED & set(weights) or losses.custom):
+    if (warm or training.tau is not None) and not (TEMPERED | set(losses.custom)) & set(weights):
         raise SpecInvalid(
             f"training.{'curriculum' if warm else 'tau'}: no term of the loss has a temperature; "
             f"allowed beside a weight of {', '.join(sorted(TEMPERED))}",

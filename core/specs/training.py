@@ -37,7 +37,8 @@ class Curriculum(Closed):
     order: Literal["shuffled", "easy_first"] = Field(
         "shuffled",
         description="'easy_first': stage s of S draws from the share (s + 1) / S of the training "
-        "rows whose neighbours are nearest; every stage shows as many rows.",
+        "rows whose neighbours are nearest; every stage shows as many rows. Made queries lie "
+        "between any of them.",
     )
 
 
@@ -218,12 +219,17 @@ class Training(Closed):
         schedule = TauSchedule(told.start_tau, told.end_tau, told.stages, told.schedule)
         return schedule(self.stage_of(epoch))
 
+    def ends_stage(self, epoch: int) -> bool:
+        """Whether a curriculum's stage is over after so many epochs."""
+        if self.curriculum is None or not 0 < epoch <= self.epochs:
+            return False
+        return epoch == self.epochs or self.stage_of(epoch) != self.stage_of(epoch - 1)
+
     def epoch_blocks(self) -> list[tuple[int, int]]:
         """Cut the epochs into the chunks that train them: (first, last + 1), never over a stage."""
         cuts = [0]
         for epoch in range(1, self.epochs):
-            stage_ends = self.stage_of(epoch) != self.stage_of(epoch - 1)
-            if stage_ends or epoch - cuts[-1] == self.epochs_per_chunk:
+            if self.ends_stage(epoch) or epoch - cuts[-1] == self.epochs_per_chunk:
                 cuts.append(epoch)
         return list(zip(cuts, [*cuts[1:], self.epochs], strict=True))
 

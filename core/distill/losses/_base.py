@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -87,13 +88,28 @@ def total_loss(batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict
     Returns:
         The scalar to minimise, and every term's value before its weight: a scalar that is still
         on the device, since reading it would wait for all that was asked of the device before.
+
+    Raises:
+        SpecInvalid: there is no such term here, or it gives no scalar.
     """
     total = batch.student.new_zeros(())
     values = {}
     for name, loss in weighed(weights).items():
         if loss.needs_router and batch.log_weights is None:
             continue
-        term = loss.compute(batch)
+        term = _scalar(name, loss.compute(batch))
         total = total + weights[name] * term
         values[name] = term.detach()
     return total, values
+
+
+def _scalar(name: str, found: Any) -> Tensor:
+    """Return what a term gave, which nobody has checked where a plug-in brings it."""
+    if isinstance(found, Tensor) and found.shape == () and found.is_floating_point():
+        return found
+    what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, Tensor) else ""
+    raise SpecInvalid(
+        f"training.losses.custom.{name}: gave {what or type(found).__name__}; needed a floating "
+        "scalar tensor",
+        pointer=f"/training/losses/custom/{name}",
+    )

@@ -109,6 +109,26 @@ def test_what_is_pinned_stays_until_it_is_let_go(engine: Engine, clock: Clock) -
     pin(engine, job_id, 3)
 
 
+def test_a_chunk_may_pin_what_it_leaves_and_anybody_may_let_it_go(
+    engine: Engine, clock: Clock
+) -> None:
+    job_id = submit(engine, clock, times=9)
+    for index in range(4):
+        made = a_file("state", index + 1, pinned=index in (0, 1))
+        finish(engine, claim(engine, clock), clock, made, score=0.5 - index / 10)
+    assert outputs_of(engine, job_id) == [name(1), name(2), name(4)]
+
+    pin(engine, job_id, 1, pinned=False)
+    give_up(engine, claim(engine, clock), OutOfMemory("no"), clock)
+    about = {"project": PROJECT, "by": "tester", "now": clock()}
+    [again] = within(engine, control.retry, job_id, **about)
+    assert outputs_of(engine, again.id) == [name(1), name(2), name(4)]
+    train(engine, clock, [0.9], first=4, done=True)
+
+    assert state(engine, again.id) == "succeeded"
+    assert outputs_of(engine, again.id) == [name(1), name(4), name(5)]
+
+
 def test_all_checkpoints_are_kept_on_demand(engine: Engine, clock: Clock) -> None:
     chain = submit(engine, clock, times=9, keep_checkpoints="all")
     train(engine, clock, [0.3, 0.2, 0.9])

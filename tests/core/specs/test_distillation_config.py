@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from core.errors import SpecInvalid
+from core.kinds.distill import Spec
 from core.specs.distillation import (
     CURRICULUM_CONFIG,
     DEFAULT_OPENAI_CONFIG,
@@ -18,6 +20,10 @@ from core.specs.distillation import (
     DistillationConfig,
     get_tau_for_stage,
 )
+from core.specs.plain_students import Hierarchical
+from core.specs.schedules import SCHEDULE_TYPES
+from core.specs.sizes import Sizes
+from core.specs.students import check_losses
 
 
 def test_every_field_that_the_document_sets_is_kept() -> None:
@@ -99,3 +105,66 @@ def test_bad_values_are_refused_and_named(field: str, values: list[Any]) -> None
 def test_it_is_frozen() -> None:
     with pytest.raises(ValidationError):
         DEFAULT_OPENAI_CONFIG.tau = 2.0  # type: ignore[misc]
+
+
+PRESETS = {"default": DEFAULT_OPENAI_CONFIG, "curriculum": CURRICULUM_CONFIG, "fast": FAST_CONFIG}
+SHA256 = "0" * 64
+
+
+def planned(config: DistillationConfig, **told: Any) -> Spec:
+    """Return the job's spec, through JSON, checked against embeddings of the config's width."""
+    spec = Spec.model_validate_json(json.dumps(config.job(SHA256, **told)))
+    assert isinstance(spec.student, Hierarchical)
+    check_losses(spec.training, spec.student, Sizes(config.teacher_dim, config.teacher_dim, 100))
+    return spec
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_a_preset_is_a_job(config: DistillationConfig) -> None:
+    spec = planned(config)
+
+    assert isinstance(spec.student, Hierarchical)
+    assert (spec.student.levels, spec.student.decodes()) == ((5,), True)
+    assert spec.device == "cpu"
+    assert (spec.model, spec.training.batch_size) == (SHA256, config.batch_size)
+    assert spec.training.learning_rate == config.learning_rate
+    stages = config.curriculum_stages if config.curriculum else 1
+    assert spec.training.epochs == config.epochs * stages
+    weights = spec.training.losses.weights("relations", routes=False, decodes=True)
+    assert weights == {"neighbour_kl": 0.7, "reconstruction": pytest.approx(0.3)}
+    for epoch in range(spec.training.epochs):
+        stage = epoch // config.epochs
+        assert spec.training.stage_of(epoch) == (stage if config.curriculum else 0)
+        assert spec.training.tau_of(epoch) == config.get_tau_for_stage(stage)
+
+
+@given(
+    alpha=st.sampled_from([0.0, 0.4, 1.0]),
+    curriculum=st.booleans(),
+    stages=st.integers(1, 256),
+    schedule=st.sampled_from(SCHEDULE_TYPES),
+    device=st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+    term=st.sampled_from(["neighbour_kl", "relational_kl"]),
+)
+def test_every_config_is_a_job(
+    *, alpha: float, curriculum: bool, stages: int, schedule: str, device: str, term: str
+) -> None:
+    config = DistillationConfig.model_validate(
+        {
+            "alpha": alpha,
+            "curriculum": curriculum,
+            "curriculum_stages": stages,
+            "curriculum_schedule_type": schedule,
+            "device": device,
+        }
+    )
+
+    spec = planned(config, term=term)
+
+    assert isinstance(spec.student, Hierarchical)
+    assert spec.device == {"auto": "any", "cpu": "cpu"}.get(device, "gpu")
+    assert spec.student.decodes() is (alpha < 1)
+    weights = spec.training.losses.weights("relations", routes=False, decodes=alpha < 1)
+    both = {term: alpha, "reconstruction": 1 - alpha}
+    assert weights == pytest.approx({name: weight for name, weight in both.items() if weight})
+    assert (spec.training.curriculum is not None) is (curriculum and alpha > 0)
