@@ -68,8 +68,11 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     for heads in spec.clusters:
         try:
             spec.architecture.check_sizes(Sizes(sizes.dim, sizes.width, heads, heads))
-        except SpecInvalid as error:
-            raise SpecInvalid(f"{heads} heads: {error.message}", pointer="/architecture") from error
+        except SpecInvalid as error:  # told of a student; here it is the architecture
+            raise SpecInvalid(
+                f"clusters {heads}: {error.message.replace('student.', 'architecture.')}",
+                pointer=(error.pointer or "").replace("/student", "/architecture"),
+            ) from error
     heads = max(spec.clusters)
     rows = float_bytes(max(spec.batches), sizes.dim + sizes.width + 3 * heads)
     held = 6 * float_bytes(heads, sizes.dim + sizes.width)
