@@ -110,8 +110,7 @@ def evaluate_codes(
     """
     for name, codes in outputs.items():
         _check_finite(name, codes)
-    teacher = torch.from_numpy(model.embeddings.astype(np.float64))
-    units = functional.normalize(teacher, dim=1)
+    units = functional.normalize(torch.from_numpy(model.embeddings.astype(np.float64)), dim=1)
     groups = None
     if model.groups is not None:
         _, groups = np.unique(np.array(model.groups), return_inverse=True)
@@ -132,8 +131,8 @@ def _check_finite(name: str, codes: Array) -> None:
     sound = np.isfinite(codes).all(axis=1)
     if not sound.all():
         raise DataInvalid(
-            f"{name}: row {int(np.argmin(sound))} holds NaN or infinity ({int((~sound).sum())} such "
-            "rows in all); needed finite codes"
+            f"{name}: row {int(np.argmin(sound))} holds NaN or infinity "
+            f"({int((~sound).sum())} such rows in all); needed finite codes"
         )
 
 

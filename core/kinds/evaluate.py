@@ -18,6 +18,7 @@ from core.kinds._judges._base import Asked, Judge, has_student
 from core.kinds._teacher import load_teacher, teacher_bytes, told_or_default
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.sizes import Sizes
+from core.specs.students import parse_student
 from core.specs.teachers import Teacher, parse_teacher
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Map blocks of rows every way, then judge."""
     model = inputs["model"]
     judge, sizes = JUDGES[model.format], Sizes.of(model.meta)
-    _check_inputs(judge, inputs, dim=sizes.dim)
+    _check_inputs(judge, inputs, sizes)
+    _check_answers(judge, inputs, sizes)
     if spec.teacher is not None:
         told_or_default(spec.teacher, model)
     most = judge.most(inputs)
@@ -80,7 +82,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     ]
 
 
-def _check_inputs(judge: Judge, inputs: Mapping[str, Input], *, dim: int) -> None:
+def _check_inputs(judge: Judge, inputs: Mapping[str, Input], sizes: Sizes) -> None:
     """Refuse inputs that are not of this model."""
     if judge.needs_pairs != ("pairs" in inputs):
         said = "needed over" if judge.needs_pairs else "null over"
@@ -88,15 +90,37 @@ def _check_inputs(judge: Judge, inputs: Mapping[str, Input], *, dim: int) -> Non
             f"pairs: {said} a model of format '{inputs['model'].format}'", pointer="/pairs"
         )
     for name, given in inputs.items():
-        if given.meta["dim"] != dim:
+        if given.meta["dim"] != sizes.dim:
             raise SpecInvalid(
-                f"{name} has {given.meta['dim']} dimensions, the model {dim}", pointer=f"/{name}"
+                f"{name} has {given.meta['dim']} dimensions, the model {sizes.dim}",
+                pointer=f"/{name}",
             )
     if "student" in inputs and inputs["student"].meta["model"] != inputs["model"].sha256:
         raise SpecInvalid(
             f"student: distilled from model {inputs['student'].meta['model'][:12]}…, not from "
             f"{inputs['model'].sha256[:12]}…; it may have been trained on what that one held out. "
             "Judge it with its own model",
+            pointer="/student",
+        )
+
+
+def _check_answers(judge: Judge, inputs: Mapping[str, Input], sizes: Sizes) -> None:
+    """Refuse answers that have no cosine to what is right: those of another width."""
+    if not judge.needs_pairs:
+        return
+    if sizes.width != sizes.dim:
+        raise SpecInvalid(
+            f"pairs: the model answers with {sizes.width} dimensions; a pair's target has those of "
+            f"its query, {sizes.dim}, and cannot say which answer is right",
+            pointer="/pairs",
+        )
+    if "student" not in inputs:
+        return
+    student = parse_student(inputs["student"].meta["student"])
+    if student.compares(sizes) == "relations":
+        raise SpecInvalid(
+            f"student: '{student.name}' makes codes that have no cosine to the model's answers; "
+            "codes are judged over embeddings (hold_out makes them of pairs)",
             pointer="/student",
         )
 

@@ -329,11 +329,11 @@ def drawn_at(path: Path, colour: str) -> int:
 def test_the_loss_is_drawn_a_curve_per_stage(tmp_path: Path) -> None:
     plain = [{key: row[key] for key in ("epoch", "loss", "validation_recall")} for row in HISTORY]
     pictures = []
-    for name, history in (("staged", HISTORY), ("again", HISTORY), ("plain", plain)):
+    for name, history in (("staged", HISTORY), ("plain", plain)):
         draw_loss(tmp_path / f"{name}.png", history)
         pictures.append((tmp_path / f"{name}.png").read_bytes())
         assert drawn_at(tmp_path / f"{name}.png", STRONG) > 50
-    assert pictures[0] == pictures[1] != pictures[2]
+    assert pictures[0] != pictures[1]
     hotter = [{**row, "tau": row["tau"] + 1} for row in HISTORY]
     draw_loss(tmp_path / "hotter.png", hotter)
     assert (tmp_path / "hotter.png").read_bytes() != pictures[0], "temperatures are told"
