@@ -15,6 +15,7 @@ from torch.nn import functional
 from core.distill.neighbours import NEAREST, nearest_rows, recall_among
 from core.distill.nulls import fit_ridge
 from core.distill.students.linear import principal_axes
+from core.errors import DataInvalid
 from core.tensors.embeddings import Embeddings
 from core.tensors.shards import Array
 
@@ -23,6 +24,12 @@ TRUSTED_ROWS = 2000
 PCA, RIDGE = "PCA", "ridge to PCA"
 """Rows that learn nothing, by the start of their names."""
 TERMS = 8
+WORD = r"(?u)\b[^\W\d]\w+\b"
+"""What counts as a word: two characters or more, the first no digit. Row numbers say nothing."""
+GIVEN_OTHER = (
+    "PCA is of the teacher's own embeddings; a student is given other vectors of the same rows and "
+    "has to find these first."
+)
 EDGE = 0.1
 """Share of the rows at either end of an axis whose words are compared."""
 
@@ -115,9 +122,13 @@ def evaluate_codes(
         student: name of the codes whose axes are put into words; None: no student.
         seed: of the rows drawn for trustworthiness.
         remarks: sentences that join the findings.
+
+    Raises:
+        DataInvalid: codes hold NaN or infinity; whose, and where.
     """
-    teacher = torch.from_numpy(model.embeddings.astype(np.float64))
-    units = functional.normalize(teacher, dim=1)
+    for name, codes in outputs.items():
+        _check_finite(name, codes)
+    units = functional.normalize(torch.from_numpy(model.embeddings.astype(np.float64)), dim=1)
     groups = None
     if model.groups is not None:
         _, groups = np.unique(np.array(model.groups), return_inverse=True)
@@ -130,8 +141,17 @@ def evaluate_codes(
         among=len(units),
         teacher_purity=None if groups is None else _purity(units, rows, groups),
         axes=axes,
-        words=[*_words(found), *remarks],
+        words=[*_words(found, given_other=model.inputs is not None), *remarks],
     )
+
+
+def _check_finite(name: str, codes: Array) -> None:
+    sound = np.isfinite(codes).all(axis=1)
+    if not sound.all():
+        raise DataInvalid(
+            f"{name}: row {int(np.argmin(sound))} holds NaN or infinity "
+            f"({int((~sound).sum())} such rows in all); needed finite codes"
+        )
 
 
 def _row(
@@ -171,7 +191,9 @@ def axis_terms(codes: Array, texts: Sequence[str]) -> list[Axis]:
         codes: [n, k].
         texts: [n].
     """
-    vectorizer = TfidfVectorizer(stop_words="english", max_features=20_000, sublinear_tf=True)
+    vectorizer = TfidfVectorizer(
+        stop_words="english", max_features=20_000, sublinear_tf=True, token_pattern=WORD
+    )
     try:
         weights = vectorizer.fit_transform(texts)
     except ValueError:  # no words at all: numbers, or stop words alone
@@ -196,7 +218,7 @@ def axis_terms(codes: Array, texts: Sequence[str]) -> list[Axis]:
     return found
 
 
-def _words(rows: Sequence[CodeRow]) -> list[str]:
+def _words(rows: Sequence[CodeRow], *, given_other: bool) -> list[str]:
     """Hold every code against PCA of its own width, or against what the inputs tell of it."""
     bases = {row.dim: row for row in rows if row.name.startswith(PCA)}
     bases |= {row.dim: row for row in rows if row.name.startswith(RIDGE)}
@@ -211,7 +233,8 @@ def _words(rows: Sequence[CodeRow]) -> list[str]:
             f"dimensions, {name} {base.recall:.1%}"
         )
         if row.recall > base.recall:
-            words.append(f"{sentence}: {row.recall / max(base.recall, 1e-9):.2f} times as many.")
+            times = f": {row.recall / base.recall:.2f} times as many" if base.recall else ""
+            words.append(f"{sentence}{times}.")
         else:
             words.append(f"Warning: {sentence}. The student is worth no more than that.")
-    return words
+    return [*words, GIVEN_OTHER] if words and given_other else words

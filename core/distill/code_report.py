@@ -25,6 +25,8 @@ from core.tensors.shards import Array
 HEADER = "| | dimensions | recall@10 | trustworthiness | group purity |"
 COLOURED = 10
 """Groups that have a colour of their own in the map, the largest ones."""
+LABEL = 40
+"""Characters of a group's name that are shown."""
 
 
 def write_code_report(
@@ -159,7 +161,10 @@ def draw_map(path: Path, name: str, codes: Array, groups: Sequence[str] | None) 
         for group in names[np.argsort(-counts, kind="stable")][:COLOURED]:
             some = labels == group
             x, y = points[some, 0], points[some, 1]
-            axes.scatter(x, y, s=4, linewidths=0, label=str(group)[:40])
-        figure.legend(loc="outside right upper", frameon=False, markerscale=3, fontsize=8)
+            # A space first: what starts with "_" would be left out of a legend.
+            axes.scatter(x, y, s=4, linewidths=0, label=f" {group}"[:LABEL])
+        legend = figure.legend(loc="outside right upper", frameon=False, markerscale=3, fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a "$" is the label's own
     axes.set(title=f"{name}, along its two principal directions", xticks=[], yticks=[])
     save_figure(figure, path)

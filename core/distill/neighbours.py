@@ -15,8 +15,8 @@ def nearest_rows(points: Tensor, among: Tensor, *, count: int, own: Tensor | Non
     """Return the rows of ``among`` nearest by Euclidean distance: [Q, count] int64, nearest first.
 
     Args:
-        points: [Q, k].
-        among: [n, k].
+        points: [Q, k] float64: the square of what is far from the origin cancels.
+        among: [n, k] float64.
         count: 1 to n, less one where ``own`` is given.
         own: [Q] int64, the row of ``among`` that is the point itself and never found; or None.
     """

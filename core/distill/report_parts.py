@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 P = ParamSpec("P")
 SMALLEST_ANGLE = 1e-3
 """Degrees; what is nearer is drawn here, for a log scale has no zero."""
+TOLD_STAGES = 8
+"""Stages of a curriculum whose temperature is written into the loss curve, at most about."""
 INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
 
 
@@ -90,14 +92,16 @@ def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         save_figure(figure, path)
         return
     losses = [row["loss"] for row in history]
-    for number, rows in enumerate(_by_stage(history)):
+    stages = _by_stage(history)
+    step = math.ceil(len(stages) / TOLD_STAGES)
+    for number, rows in enumerate(stages):
         epochs = [row["epoch"] for row in rows]
         label = None if number else "loss"
         marker = "." if len(rows) == 1 else None
         axes.plot(epochs, [row["loss"] for row in rows], color=INK, label=label, marker=marker)
         if number:
             axes.axvline(epochs[0] - 0.5, color=QUIET, linewidth=0.8, linestyle=":")
-        if "tau" in rows[0]:
+        if "tau" in rows[0] and number % step == 0:
             at = axes.get_xaxis_transform()  # x in epochs, y from bottom to top
             told = f"tau {rows[0]['tau']:.3g}"
             axes.text(epochs[0], 1.0, told, transform=at, fontsize=7, color=QUIET, va="top")
@@ -106,7 +110,9 @@ def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     right = axes.twinx()
     scores = [row[name] for row in history]
     label = name.replace("_", " ")
-    right.plot([row["epoch"] for row in history], scores, color=STRONG, label=label)
+    marker = "." if len(history) == 1 else None  # a line of one point would not be seen
+    epochs = [row["epoch"] for row in history]
+    right.plot(epochs, scores, color=STRONG, label=label, marker=marker)
     right.set_ylabel(_SCORES.get(name, label), color=STRONG)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     save_figure(figure, path)

@@ -68,8 +68,11 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     for heads in spec.clusters:
         try:
             spec.architecture.check_sizes(Sizes(sizes.dim, sizes.width, heads, heads))
-        except SpecInvalid as error:
-            raise SpecInvalid(f"{heads} heads: {error.message}", pointer="/architecture") from error
+        except SpecInvalid as error:  # told of a student; here it is the architecture
+            raise SpecInvalid(
+                f"clusters {heads}: {error.message.replace('student.', 'architecture.')}",
+                pointer=(error.pointer or "").replace("/student", "/architecture"),
+            ) from error
     heads = max(spec.clusters)
     rows = float_bytes(max(spec.batches), sizes.dim + sizes.width + 3 * heads)
     held = 6 * float_bytes(heads, sizes.dim + sizes.width)
@@ -113,12 +116,11 @@ def _measured(spec: Spec, chunk: Chunk) -> list[Measurement]:
     """Time teachers of every number of heads and an untrained student each."""
     from core.distill.latency import measure
 
-    found = []
-    for number, heads in enumerate(sorted(set(spec.clusters))):
+    found, counts, batches = [], sorted(set(spec.clusters)), list(dict.fromkeys(spec.batches))
+    for number, heads in enumerate(counts):
         teacher, student, queries = _synthetic(spec, chunk, heads)
-        for place, batch in enumerate(spec.batches):
-            done = number * len(spec.batches) + place
-            chunk.progress(done, len(set(spec.clusters)) * len(spec.batches))
+        for place, batch in enumerate(batches):
+            chunk.progress(number * len(batches) + place, len(counts) * len(batches))
             found.append(
                 measure(
                     teacher,
@@ -129,7 +131,7 @@ def _measured(spec: Spec, chunk: Chunk) -> list[Measurement]:
                     seconds=spec.seconds,
                 )
             )
-    order = {batch: place for place, batch in enumerate(spec.batches)}
+    order = {batch: place for place, batch in enumerate(batches)}
     return sorted(found, key=lambda each: (order[each.batch], each.heads))
 
 
@@ -163,7 +165,7 @@ def _own(spec: Spec, chunk: Chunk) -> list[Measurement]:
     student = load_student(link).to(chunk.device)
     queries = torch.from_numpy(teacher.queries).to(chunk.device)
     found = []
-    for batch in spec.batches:
+    for batch in dict.fromkeys(spec.batches):
         chunk.progress(0, 1)
         found.append(
             measure(

@@ -18,6 +18,7 @@ from core.kinds._judges._base import Asked, Judge, has_student
 from core.kinds._teacher import load_teacher, teacher_bytes, told_or_default
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.sizes import Sizes
+from core.specs.students import parse_student
 from core.specs.teachers import Teacher, parse_teacher
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     model = inputs["model"]
     judge, sizes = JUDGES[model.format], Sizes.of(model.meta)
     _check_inputs(judge, inputs, sizes)
+    _check_answers(judge, inputs, sizes)
     if spec.teacher is not None:
         told_or_default(spec.teacher, model)
     most = judge.most(inputs)
@@ -87,12 +89,6 @@ def _check_inputs(judge: Judge, inputs: Mapping[str, Input], sizes: Sizes) -> No
         raise SpecInvalid(
             f"pairs: {said} a model of format '{inputs['model'].format}'", pointer="/pairs"
         )
-    if judge.needs_pairs and sizes.width != sizes.dim:
-        raise SpecInvalid(
-            f"pairs: their targets have the queries' width, {sizes.dim}; this model answers with "
-            f"{sizes.width} dimensions, so nothing is there to judge it on",
-            pointer="/pairs",
-        )
     for name, given in inputs.items():
         if given.meta["dim"] != sizes.dim:
             raise SpecInvalid(
@@ -104,6 +100,27 @@ def _check_inputs(judge: Judge, inputs: Mapping[str, Input], sizes: Sizes) -> No
             f"student: distilled from model {inputs['student'].meta['model'][:12]}…, not from "
             f"{inputs['model'].sha256[:12]}…; it may have been trained on what that one held out. "
             "Judge it with its own model",
+            pointer="/student",
+        )
+
+
+def _check_answers(judge: Judge, inputs: Mapping[str, Input], sizes: Sizes) -> None:
+    """Refuse answers that have no cosine to what is right: those of another width."""
+    if not judge.needs_pairs:
+        return
+    if sizes.width != sizes.dim:
+        raise SpecInvalid(
+            f"pairs: the model answers with {sizes.width} dimensions; a pair's target has those of "
+            f"its query, {sizes.dim}, and cannot say which answer is right",
+            pointer="/pairs",
+        )
+    if "student" not in inputs:
+        return
+    student = parse_student(inputs["student"].meta["student"])
+    if student.compares(sizes) == "relations":
+        raise SpecInvalid(
+            f"student: '{student.name}' makes codes that have no cosine to the model's answers; "
+            "codes are judged over embeddings (hold_out makes them of pairs)",
             pointer="/student",
         )
 

@@ -112,6 +112,7 @@ def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str
     for variant in variants:
         try:
             check_student(spec, variant.student, inputs)
+            _check_retrieves(variant.student, Sizes.of(model))
         except SpecInvalid as error:
             field = (error.pointer or "").rpartition("/")[2]
             pointer = f"/grid/{field}" if field in spec.grid else "/students"
@@ -126,6 +127,16 @@ def _check_variants(spec: Spec, variants: Sequence[Variant], inputs: Mapping[str
                 f"{model['rows']} training queries",
                 pointer=f"/grid/{changed[0]}" if changed else "/students",
             )
+
+
+def _check_retrieves(student: Student, sizes: Sizes) -> None:
+    """Refuse codes: a sweep chooses by how well true targets are found."""
+    if student.compares(sizes) == "relations":
+        raise SpecInvalid(
+            f"student.name '{student.name}': its codes have no cosine to the targets by which a "
+            f"sweep chooses; allowed: students that answer with {sizes.width} dimensions",
+            pointer=f"/student/{'dim' if getattr(student, 'dim', None) else 'name'}",
+        )
 
 
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:

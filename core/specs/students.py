@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.base import Closed
@@ -319,6 +319,14 @@ Student = Annotated[
     | Hierarchical,
     Field(discriminator="name"),
 ]
+
+
+_STUDENT: TypeAdapter[Any] = TypeAdapter(Student)
+
+
+def parse_student(stored: Any) -> Any:
+    """Return the spec of a student from its stored JSON values."""
+    return _STUDENT.validate_python(stored)
 
 
 def default_student(model: str) -> Student:

@@ -21,6 +21,10 @@ def distil(**training: Any) -> bytes:
     return json.dumps({"kind": "distill", "model": "a" * 64, "training": training}).encode()
 
 
+def student(**said: Any) -> bytes:
+    return json.dumps({"kind": "distill", "model": "a" * 64, "student": said}).encode()
+
+
 @pytest.mark.parametrize(
     ("body", "pointer", "told"),
     [
@@ -34,6 +38,20 @@ def distil(**training: Any) -> bytes:
         (echo(text=7), "/text", "got 7"),
         (distil(epochs="8"), "/training/epochs", "got '8'"),
         (distil(losses={"cvar": True}), "/training/losses/cvar", "got True"),
+        (distil(losses={"custom": {"own": "1"}}), "/training/losses/custom/own", "got '1'"),
+        (distil(losses={"custom": {"own": -1}}), "/training/losses", "custom.own -1; allowed: 0"),
+        (distil(tau=0), "/training/tau", "greater than 0"),
+        (distil(tau=-0.5), "/training/tau", "got -0.5"),
+        (distil(curriculum={"end_tau": -1}), "/training/curriculum/end_tau", "greater than 0"),
+        (distil(curriculum={"stages": 0}), "/training/curriculum/stages", "got 0"),
+        (distil(curriculum={"stages": 9}), "/training", "curriculum.stages 9 of 8 epochs"),
+        (student(name="hierarchical_router", heads=1), "/student/heads", "got 1"),
+        (student(name="hierarchical_router", levels=0), "/student/levels", "got 0"),
+        (student(name="hierarchical", level_weights=[1.0]), "/student", "1 entries for 2"),
+        (student(name="hierarchical", level_weights=[0.7, -1]), "/student/level_weights/1", "-1"),
+        (student(name="hierarchical", levels=[25, 5]), "/student", "longer than the one before"),
+        (student(name="nothing"), "/student/name", "'hierarchical_router'"),
+        (student(heads=4), "/student/name", "name"),
         (echo(text=None), "/text", "None"),
         (echo(text=["a"]), "/text", "['a']"),
         (echo(more=1), "/more", "Extra"),

@@ -149,10 +149,10 @@ def test_links_lead_from_an_output_to_the_kinds_that_read_it(alone: TestClient) 
     ("path", "told"),
     [
         ("/?state=gone", "waiting"),
-        ("/?kind=<b>", "allowed: build_codebook"),
+        ("/?kind=<b>", "allowed: benchmark, build_codebook"),
         ("/?cursor=x", "cursor"),
         ("/?status=failed", "allowed: cursor, kind, state"),
-        ("/submit?kind=<x>", "allowed: build_codebook"),
+        ("/submit?kind=<x>", "allowed: benchmark, build_codebook"),
         ("/submit?kind=echo&input=model:x", "echo reads no model"),
         ("/submit?kind=echo&input=x", "key:value"),
     ],

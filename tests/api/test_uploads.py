@@ -1,7 +1,10 @@
 import asyncio
 import hashlib
+import io
+import pickle
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,7 @@ from tests.api.conftest import (
     upload,
 )
 from tests.conftest import Clock
+from tests.core.artifacts import hostile_pickles
 
 BYTES = {"Content-Type": "application/octet-stream"}
 
@@ -104,6 +108,54 @@ def test_bad_content_fails_the_upload_and_removes_its_bytes(client: TestClient) 
     assert (shown["state"], shown["error"]["code"]) == ("failed", "data_invalid")
     assert list(context_of(client).settings.uploads.glob("*.part")) == []
     problem_of(send(client, url, 0, content), 409, "conflict")
+
+
+def checkpoint(pickled: bytes) -> bytes:
+    """A file as torch.save writes it, around any pickle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        file.writestr("teacher/data.pkl", pickled)
+        file.writestr("teacher/byteorder", "little")
+        file.writestr("teacher/version", "3\n")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("attack", ["posix.system", "new object, keywords"])
+def test_hostile_checkpoint_is_refused_and_nothing_of_it_runs_or_stays(
+    client: TestClient, tmp_path: Path, attack: str
+) -> None:
+    folder, marker = context_of(client).settings.data_dir, tmp_path / "executed"
+    every = {**hostile_pickles.armed(str(marker)), **hostile_pickles.quiet(str(marker))}
+    content = checkpoint(every[attack])
+    kept = stored(folder)
+    url = client.post("/v1/uploads", json=announce(content, "teacher.pt")).headers["location"]
+    send(client, url, 0, content)
+
+    answer = problem_of(client.post(f"{url}/complete"), 422, "data_invalid")
+
+    assert "pickle" in answer["detail"]
+    assert not marker.exists()
+    assert (client.get(url).json()["state"], client.get(url).json()["artifact"]) == ("failed", None)
+    assert stored(folder) == kept
+
+
+def stored(folder: Path) -> set[Path]:
+    """Files that hold bytes of anything: those of the database and of locks left out."""
+    return {
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock" and not path.name.startswith("stillroom.db")
+    }
+
+
+def test_checkpoint_without_embeddings_is_told_what_it_holds(client: TestClient) -> None:
+    content = checkpoint(pickle.dumps({"weights": [1, 2], "bias": 3}, 2))
+    url = client.post("/v1/uploads", json=announce(content, "teacher.pt")).headers["location"]
+    send(client, url, 0, content)
+
+    answer = problem_of(client.post(f"{url}/complete"), 422, "data_invalid")
+
+    assert "holds 'weights', 'bias'; needed a dict with 'embeddings'" in answer["detail"]
 
 
 def test_other_bytes_than_announced_are_refused(client: TestClient) -> None:

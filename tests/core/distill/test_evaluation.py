@@ -140,7 +140,8 @@ def test_a_student_of_another_model_is_refused() -> None:
     with pytest.raises(SpecInvalid, match="distilled from model 999") as caught:
         judging.stages(spec, inputs)
     assert caught.value.pointer == "/student"
-    own = Input(str(spec.student), "student", {"dim": 12, "model": spec.model})
+    told = {"dim": 12, "model": spec.model, "student": {"name": "rotor_product"}}
+    own = Input(str(spec.student), "student", told)
     assert len(judging.stages(spec, {**inputs, "student": own})) == 3
 
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from sqlalchemy import select
 
 from core.artifacts.store import Blob, LocalStore
-from core.db.models import Chunk, Job
 from core.db.session import reading, transaction
 from core.distill.export import load_student
 from core.errors import SpecInvalid
@@ -212,15 +210,6 @@ def test_every_clustering_fits(other_world: World, clustering: dict[str, Any]) -
     assert other_world.job(job_id).state == "succeeded", other_world.job(job_id).error
 
 
-def _refused(world: World, match: str, **spec: Any) -> str | None:
-    with pytest.raises(SpecInvalid, match=match) as caught:
-        world.submit(**spec)
-    with reading(world.engine) as session:
-        ids = set(session.scalars(select(Job.id)))
-        assert ids == set(session.scalars(select(Chunk.job_id))), "nothing half-written stays"
-    return caught.value.pointer
-
-
 def test_what_cannot_work_is_refused_before_it_runs(other_world: World) -> None:
     world = other_world
     pairs = world.upload(tiny_pairs())
@@ -265,7 +254,7 @@ def test_what_cannot_work_is_refused_before_it_runs(other_world: World) -> None:
         ("/student", "format 'targets'", _evaluate(model, pairs, targets)),
     ]
     for pointer, match, spec in table:
-        assert _refused(world, match, **spec) == pointer
+        assert world.refused(match, **spec) == pointer
     assert world.submit(**_evaluate(model, pairs, student))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from sqlalchemy import Engine, select
 
 from core.artifacts.store import LocalStore
@@ -14,7 +16,8 @@ from core.db.models import Chunk, Job, Output
 from core.db.session import reading
 from core.distill.export import load_student
 from core.distill.students._base import StudentModule
-from core.jobs import service, status
+from core.errors import SpecInvalid
+from core.jobs import lineage, service, status
 from core.jobs.runner import Runner
 from core.tensors.formats import Pairs, save_pairs
 from tests.conftest import make_runner
@@ -81,6 +84,27 @@ class World:
 
     def path(self, job_id: str, name: str) -> Path:
         return self.store.path(self.status(job_id).artifacts[name])
+
+    def report(self, job_id: str) -> dict[str, Any]:
+        """Read the report.json of a job that succeeded."""
+        assert self.job(job_id).state == "succeeded", self.job(job_id).error
+        found: dict[str, Any] = json.loads(self.path(job_id, "report").read_text())
+        return found
+
+    def metrics(self, job_id: str) -> dict[str, list[tuple[int, float]]]:
+        with reading(self.engine) as session:
+            return lineage.metrics_of(session, job_id)
+
+    def refused(self, match: str, **spec: Any) -> str | None:
+        """Submit what is refused, see that nothing half-written stays; return the pointer."""
+        with reading(self.engine) as session:
+            before = set(session.scalars(select(Job.id)))
+        with pytest.raises(SpecInvalid, match=match) as caught:
+            self.submit(**spec)
+        with reading(self.engine) as session:
+            assert set(session.scalars(select(Job.id))) == before
+            assert set(session.scalars(select(Chunk.job_id))) <= before
+        return caught.value.pointer
 
     def student(self, job_id: str) -> StudentModule:
         """Read the student a job made."""
