@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from client.inputs import Finite
 from core.errors import SpecInvalid, StillroomError
 
-FRACTION = click.FloatRange(0, 1, max_open=True)
-POSITIVE = click.FloatRange(0, min_open=True)
+FRACTION = Finite(0, 1, max_open=True)
+POSITIVE = Finite(0, min_open=True)
 FLAGS = {"/embed_dim": "--embed-dim", "/num_heads": "--num-heads", "/num_layers": "--num-layers",
          "/ff_dim": "--ff-dim", "/learning_rate": "--learning-rate"}  # fmt: skip
 """Which option says what an error points at."""
@@ -31,7 +32,7 @@ FLAGS = {"/embed_dim": "--embed-dim", "/num_heads": "--num-heads", "/num_layers"
 @click.option("--epochs", type=click.IntRange(1), default=200, help="Each shows every question.")
 @click.option(
     "--cosine-weight",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.7,
     help="Share of the loss that looks at directions; the rest is the squared distance.",
 )
@@ -60,7 +61,7 @@ FLAGS = {"/embed_dim": "--embed-dim", "/num_heads": "--num-heads", "/num_layers"
 )
 @click.option(
     "--test-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=0.2,
     help="Share of the distinct questions kept from training, to judge on.",
 )
@@ -77,7 +78,7 @@ FLAGS = {"/embed_dim": "--embed-dim", "/num_heads": "--num-heads", "/num_layers"
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, 60, min_open=True),
+    type=Finite(0, 60, min_open=True),
     default=0.2,
     help="To time each batch size and number of heads.",
 )
@@ -102,13 +103,16 @@ def _refuse_contradictions(ctx: click.Context, given: dict[str, Any]) -> None:
     """Refuse options of which one would be ignored."""
     said = [
         f"--{name.replace('_', '-')}"
-        for name in ("full_batch", "batch_size", "augment")
+        for name in ("full_batch", "batch_size", "augment", "seconds")
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     ]
-    if given["compat"] and said:
-        raise click.UsageError(f"{', '.join(said)}: --compat legacy says it already")
+    doubled = [name for name in said if name != "--seconds"]
+    if given["compat"] and doubled:
+        raise click.UsageError(f"{', '.join(doubled)}: --compat legacy says it already")
     if given["full_batch"] and "--batch-size" in said:
         raise click.UsageError("--batch-size: --full-batch says it already")
+    if not given["latency"] and "--seconds" in said:
+        raise click.UsageError("--seconds: --no-latency measures nothing")
     saved = given["output"]
     if saved is not None and saved.suffix in (".safetensors", ".onnx"):
         raise click.UsageError(

@@ -22,7 +22,7 @@ from core.distill.schedules import BatchPlan, learning_rate
 from core.distill.state import TrainState, assign, trainable
 from core.distill.stepping import Stepper
 from core.distill.students._base import StudentModule
-from core.errors import DataInvalid
+from core.errors import DataInvalid, SpecInvalid
 from core.specs.training import PLATEAU_PATIENCE, Training
 
 __all__ = [
@@ -109,12 +109,15 @@ def validation_score(student: StudentModule, data: TrainingData) -> float:
 def validation_recall(student: StudentModule, data: TrainingData) -> float:
     """Share of the validation rows' nearest by the teacher that are nearest by the codes too.
 
-    Both among the validation rows; of several nested codes the mean by their weight.
+    Both among the validation rows; of several nested codes the mean by their weight. NaN
+    where a code is not finite.
     """
     rows = data.validation
     codes = torch.cat(
         [left_out_answers(student, data, part) for part in rows.split(VALIDATED_ROWS)]
     )
+    if not bool(codes.isfinite().all()):
+        return math.nan
     levels = student.levels or ((codes.shape[1], 1.0),)
     teacher = data.real.teacher[rows]
     count = max(1, min(NEAREST, len(rows) // 4))  # of few rows most are among the nearest 10
@@ -233,6 +236,7 @@ def _end_epoch(state: TrainState, data: TrainingData, plan: BatchPlan, rate: flo
     """Validate the average, keep the best, see whether to slow down or to stop."""
     means = {name: float(value) / state.within for name, value in state.sums.items()}
     score = _validate(state, data)
+    _check_finite(state, {**means, score_name(state.student): score})
     told, stage = state.training.curriculum, state.training.stage_of(state.epoch)
     _record(state, means, rate, score)
     state.within, state.sums = 0, {}
@@ -255,6 +259,17 @@ def _record(state: TrainState, means: dict[str, float], rate: float, score: floa
     state.epoch += 1
     facts = {"learning_rate": rate, score_name(state.student): score, **stage}
     state.history.append({"epoch": state.epoch, **means, **facts})
+
+
+def _check_finite(state: TrainState, found: Mapping[str, float]) -> None:
+    """Refuse an epoch whose loss, a term of it or whose validation is NaN or infinite."""
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise SpecInvalid(
+                f"training.learning_rate {state.training.learning_rate:g}: {name} is {value} after "
+                f"epoch {state.epoch + 1}, the training diverged; lower it",
+                pointer="/training/learning_rate",
+            )
 
 
 def _judge_gain(state: TrainState, score: float) -> None:

@@ -21,8 +21,9 @@ from core.kinds._teacher import (
 )
 from core.registry import LOSS_PLUGINS, names
 from core.specs.base import JobSpec, Reads, Reference
+from core.specs.loss_checks import check_losses
 from core.specs.sizes import Sizes
-from core.specs.students import Student, check_learns, check_losses, check_router
+from core.specs.students import Student, check_learns, check_router
 from core.specs.teachers import Teacher, parse_teacher
 from core.specs.training import Training
 

@@ -26,6 +26,10 @@ EQUAL_WIDTH = frozenset(
 """Terms that hold coordinates against coordinates."""
 OF_ROUTER = frozenset({"router_kl"})
 OF_DECODER = frozenset({"reconstruction"})
+RELATIONAL = frozenset({"relational_kl", "neighbour_kl", "rkd_distance", "rkd_angle", "gram"})
+"""Terms that compare rows of a batch with each other."""
+LEAST_ROWS = 3
+"""Of a batch that has relations to learn: of 2 rows each has but one other."""
 TEMPERED = frozenset({"relational_kl", "neighbour_kl"})
 """Terms that ``training.tau`` acts on."""
 

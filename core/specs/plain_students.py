@@ -126,7 +126,8 @@ class HierarchicalRouter(Plain):
         elif levels is None:
             levels = next(n for n in range(1, 32) if (heads or 2) ** n >= sizes.clusters)
         elif heads is None:
-            heads = next(n for n in range(2, MOST_SLOTS + 1) if n**levels >= sizes.clusters)
+            fitting = (n for n in range(2, MOST_SLOTS + 1) if n**levels >= sizes.clusters)
+            heads = next(fitting, MOST_SLOTS)
         slots = (heads or 2) ** levels
         bound: dict[str, int | None] = {"heads": heads, "levels": levels}
         if self.candidates is not None and self.candidates >= slots:

@@ -17,7 +17,6 @@ from core.specs.codebooks import (
     PrincipalPlanes,
     check_planes,
 )
-from core.specs.losses import DEFAULTS, EQUAL_WIDTH, OF_DECODER, OF_ROUTER, TEMPERED
 from core.specs.plain_students import (
     Hierarchical,
     HierarchicalRouter,
@@ -28,7 +27,6 @@ from core.specs.plain_students import (
 from core.specs.shaped import Shaped
 from core.specs.sizes import Sizes
 from core.specs.teachers import Answering
-from core.specs.training import Training
 
 ROUTER_HIDDEN = 256
 """Width of a learnt router that is told none."""
@@ -347,40 +345,4 @@ def check_learns(student: Student, model: str) -> None:
             f"student.name {student.name!r} does not learn from models of format '{model}'; "
             f"allowed: {', '.join(allowed)}",
             pointer="/student/name",
-        )
-
-
-def check_losses(training: Training, student: Student, sizes: Sizes) -> None:
-    """Raise SpecInvalid where a setting of the loss has nothing to act on.
-
-    A term needs a student of the teacher's width, a router or a decoder; a temperature needs a
-    relational term.
-    """
-    losses, compares = training.losses, student.compares(sizes)
-    without = {
-        "an answer of the teacher's width": EQUAL_WIDTH if compares == "relations" else (),
-        "a learnt router": () if student.routes() else OF_ROUTER,
-        "a decoder": () if student.decodes() else OF_DECODER,
-    }
-    for what, terms in without.items():
-        for name in sorted(terms):
-            if losses.told().get(name):
-                raise SpecInvalid(
-                    f"training.losses.{name} {losses.told()[name]:g} needs {what}, which student "
-                    f"{student.name!r} does not have; allowed: null or 0",
-                    pointer=f"/training/losses/{name}",
-                )
-    weights = losses.weights(compares, routes=student.routes(), decodes=student.decodes())
-    if not weights:
-        raise SpecInvalid(
-            f"training.losses: no term weighs anything for student {student.name!r}; its default "
-            f"terms: {', '.join(DEFAULTS[compares])}",
-            pointer="/training/losses",
-        )
-    warm = training.curriculum is not None and training.curriculum.order == "shuffled"
-    if (warm or training.tau is not None) and not (TEMPERED | set(losses.custom)) & set(weights):
-        raise SpecInvalid(
-            f"training.{'curriculum' if warm else 'tau'}: no term of the loss has a temperature; "
-            f"allowed beside a weight of {', '.join(sorted(TEMPERED))}",
-            pointer=f"/training/{'curriculum' if warm else 'tau'}",
         )

@@ -41,6 +41,12 @@ class Curriculum(Closed):
         "between any of them.",
     )
 
+    @model_validator(mode="after")
+    def _one_stage_orders_nothing(self) -> Curriculum:
+        if self.order == "easy_first" and self.stages == 1:
+            raise ValueError("order 'easy_first' with stages 1 shows all rows; allowed: 2 and more")
+        return self
+
 
 class Training(Closed):
     """Optimizer, schedule, data, arithmetic, and when to stop."""
@@ -121,7 +127,8 @@ class Training(Closed):
         ge=1,
         le=65_536,
         description="Parts in which a batch's gradient is computed, one after another, to need "
-        "less memory. Terms that compare rows of a batch see one part's at a time.",
+        "less memory. Terms that compare or average over rows of a batch (mse: the answers' size) "
+        "see one part's at a time.",
     )
     tau: float | None = Field(
         None,
@@ -253,10 +260,10 @@ class Training(Closed):
         Raises:
             SpecInvalid: which setting, and what is allowed.
         """
-        for name in ("augment", "centroid_warmup_epochs", "centroid_replay"):
+        for name in ("augment", "augment_noise", "centroid_warmup_epochs", "centroid_replay"):
             value = getattr(self, name)
             if value and not answers_new:
-                allowed = "null or 0" if name == "augment" else "0"
+                allowed = "null or 0" if name.startswith("augment") else "0"
                 raise SpecInvalid(
                     f"training.{name} {value}: the teacher has stored answers alone and can "
                     f"answer no new query; allowed: {allowed}",

@@ -24,10 +24,11 @@ BLOCK_ENTRIES = 16 * 2**20
 class HierarchicalRouterStudent(PlainModule):
     """``softmax_s(q . (sum_l key[l, digit_l(s)] + own[s]) + bias[s])`` blends the slots' values.
 
-    q has length 1 there, and keys hold the inverse temperature. Untrained, with full own keys and
-    all slots scored, the slots' keys are the teacher's centroids: it is the teacher. Slots that
+    q has length 1 there (of stored queries: entries from 1e-15 to 1e15), and keys hold the inverse
+    temperature. Untrained, with full own keys and all slots scored, the slots' keys are the
+    teacher's centroids: it is the teacher, to 1e-5 at temperatures of 0.01 and more. Slots that
     share a head share its weight. With ``candidates`` the slots of largest sum of keys (and bias)
-    are scored alone.
+    are scored alone; of equal sums, as a zero query has them, any.
     """
 
     takes_weights, has_router = False, True

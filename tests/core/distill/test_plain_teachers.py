@@ -5,18 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from core.distill.curriculum import training_data
+from core.distill.students._base import build_student
 from core.distill.teachers._base import TeacherModel
 from core.distill.teachers.checkpoint import CheckpointTeacher
 from core.distill.teachers.lda import LdaTeacher
+from core.distill.training import TrainState, run_epochs
 from core.errors import DataInvalid, SpecInvalid
+from core.specs.loss_checks import check_losses
+from core.specs.plain_students import HierarchicalRouter, Mlp
 from core.specs.sizes import Sizes
 from core.specs.students import (
     Linear,
     RotorProduct,
     check_learns,
-    check_losses,
     default_student,
 )
 from core.specs.teachers import Checkpoint, Direct, Lda, check_reads, default_teacher
@@ -140,3 +144,49 @@ def test_made_queries_of_an_lda_have_its_weights_and_no_anchor() -> None:
     torch.testing.assert_close(made.teacher, teacher.targets(made.queries))
     with pytest.raises(DataInvalid, match="no anchor"):
         _ = data.anchored
+
+
+@pytest.mark.parametrize(
+    ("told", "rows"), [({"batch_size": 2}, 2), ({"batch_size": 8, "accumulate": 3}, 2)]
+)
+def test_relations_need_three_rows_of_a_part(told: dict[str, int], rows: int) -> None:
+    training = Training.model_validate(told)
+    with pytest.raises(SpecInvalid, match=f"which are {rows}; allowed: 3 and more") as caught:
+        check_losses(training, Linear(dim=3), Sizes(DIM, DIM, 100))
+    assert caught.value.pointer == "/training/batch_size"
+    check_losses(training, Linear(), Sizes(DIM, DIM, 100))  # compares row by row
+
+
+def test_an_order_alone_has_no_temperatures() -> None:
+    easy = {"order": "easy_first", "stages": 2}
+    check_losses(Training.model_validate({"curriculum": easy}), Linear(), Sizes(DIM, DIM, 100))
+    warm = Training.model_validate({"curriculum": {**easy, "start_tau": 9.0}})
+    with pytest.raises(SpecInvalid, match="no term of the loss has a temperature"):
+        check_losses(warm, Linear(), Sizes(DIM, DIM, 100))
+    with pytest.raises(ValidationError, match="stages 1 shows all rows"):
+        Training.model_validate({"curriculum": {"order": "easy_first", "stages": 1}})
+
+
+def test_noise_on_queries_that_nobody_answers_is_refused() -> None:
+    training = Training.model_validate({"augment_noise": 0.5})
+    with pytest.raises(SpecInvalid, match=r"augment_noise 0\.5.*allowed: null or 0"):
+        training.check_teacher(answers_new=False)
+
+
+def test_more_heads_than_slots_are_refused_in_words() -> None:
+    for told in ({"levels": 1}, {"heads": 2, "levels": 3}, {}):
+        spec = HierarchicalRouter.model_validate(told)
+        with pytest.raises(SpecInvalid, match="the model has 70000 heads"):
+            spec.check_sizes(Sizes(DIM, DIM, 100, 70_000))
+
+
+def test_a_training_that_diverges_says_so() -> None:
+    teacher = make_any_teacher("checkpoint")
+    training = make_training(learning_rate=10.0, warmup_steps=0, scheduler="none", epochs=50)
+    data = training_data(teacher, answers(teacher), training, seed=1)
+    state = TrainState.start(
+        build_student(Mlp(hidden=64, layers=8, dim=4), teacher, 0), training, seed=0
+    )
+    with pytest.raises(SpecInvalid, match="the training diverged; lower it") as caught:
+        run_epochs(state, data, 0, 50, lambda done, total: None)
+    assert caught.value.pointer == "/training/learning_rate"

@@ -20,10 +20,10 @@ from core.specs.distillation import (
     DistillationConfig,
     get_tau_for_stage,
 )
+from core.specs.loss_checks import check_losses
 from core.specs.plain_students import Hierarchical
 from core.specs.schedules import SCHEDULE_TYPES
 from core.specs.sizes import Sizes
-from core.specs.students import check_losses
 
 
 def test_every_field_that_the_document_sets_is_kept() -> None:

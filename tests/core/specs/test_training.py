@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from core.errors import SpecInvalid
+from core.specs.loss_checks import check_losses
 from core.specs.losses import DEFAULTS, Compares, Losses
 from core.specs.plain_students import Hierarchical, Linear
 from core.specs.schedules import SCHEDULE_TYPES
 from core.specs.sizes import Sizes
-from core.specs.students import check_losses
 from core.specs.training import Training
 
 
