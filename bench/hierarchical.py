@@ -76,6 +76,7 @@ def main() -> int:
     table = {"PCA": Trained(pca[0], 0.0)}
     for name, (student, training) in _students().items():
         table[name] = _train(models[0], student, training, seed=0)
+        print(f"trained {name} in {table[name].seconds:.0f} s", file=sys.stderr, flush=True)
     others = [
         _train(model, *_students()[NESTED], seed=seed)
         for seed, model in enumerate(models)

@@ -187,6 +187,7 @@ def _case(
         began = perf_counter()
         outputs[label] = student_vectors(_trained(spec, teacher, training), queries)
         seconds[label] = perf_counter() - began
+        print(f"trained {label} in {seconds[label]:.0f} s", file=sys.stderr, flush=True)
     targets = pairs.targets.astype(np.float32)
     evaluation = evaluate_answers(
         outputs,
