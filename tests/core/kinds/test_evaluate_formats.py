@@ -115,7 +115,8 @@ def test_codes_of_stored_embeddings_are_judged_beside_pca(other_world: World) ->
     world.run()
 
     report = world.report(judged)
-    assert names_of(report) == ["PCA 2-D", "student 2-D", "PCA 4-D", "student 4-D"]
+    rows = ("PCA", "ridge to PCA", "student")
+    assert names_of(report) == [f"{name} {dim}-D" for dim in (2, 4) for name in rows]
     found = report["evaluation"]
     assert (found["held_out"], found["among"]) == (24, 120)
     assert 0 < found["teacher_purity"] <= 1
@@ -131,10 +132,12 @@ def test_codes_of_stored_embeddings_are_judged_beside_pca(other_world: World) ->
     pictures = {"recall", "map", "loss_curve"}
     assert set(world.status(judged).artifacts) == {"report", "report_md", *pictures}
 
-    assert names_of(world.report(alone)) == ["PCA 5-D"], "25 are more than the embeddings have"
+    both = ["PCA 5-D", "ridge to PCA 5-D"]
+    assert names_of(world.report(alone)) == both, "25 are more than the embeddings have"
     assert world.report(alone)["evaluation"]["axes"] == []
     assert world.student(wide).config["name"] == "hierarchical", "the default"
-    assert names_of(world.report(wider)) == ["PCA 5-D", "student 5-D", "student 25-D"]
+    wider_rows = ["PCA 5-D", "ridge to PCA 5-D", "student 5-D", "student 25-D"]
+    assert names_of(world.report(wider)) == wider_rows
 
 
 def test_a_student_given_the_embeddings_is_not_told_that_pca_has_more(other_world: World) -> None:

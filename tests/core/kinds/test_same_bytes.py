@@ -115,7 +115,9 @@ def run_everything(folder: Path, *, workers: int, kills: Sequence[str | None] = 
         kind: (world.job(job_id).state, world.job(job_id).error) for kind, job_id in jobs.items()
     }
     assert ended == dict.fromkeys(jobs, ("succeeded", None))
-    attempts = sum(world.job(job_id).attempts for job_id in jobs.values())
+    assert {world.job(job_id).state for job_id in world.others} == {"succeeded"}
+    everything = [*jobs.values(), *world.others]
+    attempts = sum(world.job(job_id).attempts for job_id in everything)
     with reading(engine) as session:
         owners = len(set(session.scalars(select(Chunk.owner))))
     files = {at: sha for at, sha in world.files().items() if not kinds()[at[0]].timed}
