@@ -26,6 +26,10 @@ EQUAL_WIDTH = frozenset(
 """Terms that hold coordinates against coordinates."""
 OF_ROUTER = frozenset({"router_kl"})
 OF_DECODER = frozenset({"reconstruction"})
+OF_BATCH = frozenset(
+    {"retrieval_kl", "relational_kl", "neighbour_kl", "rkd_distance", "rkd_angle", "gram"}
+)
+"""Terms that compare every row of a batch with every other."""
 TEMPERED = frozenset({"relational_kl", "neighbour_kl"})
 """Terms that ``training.tau`` acts on."""
 
