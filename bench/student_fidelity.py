@@ -30,8 +30,9 @@ from core.distill.students._base import StudentModule, build_student
 from core.distill.students.rotor_product import RotorProductStudent
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
+from core.specs.canonical import Canonical
 from core.specs.clusterings import KMeans
-from core.specs.students import Canonical, RotorProduct, Student
+from core.specs.students import RotorProduct, Student
 from core.specs.teachers import Rotational
 from core.specs.training import Training
 from core.tensors.formats import Federated, Pairs

@@ -39,9 +39,9 @@ from core.distill.students._base import Routed, Shown, StudentModule
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
 from core.rotations.sphere import keep_length, step_along, unit
+from core.specs.canonical import Canonical
 from core.specs.clusterings import KMeans
 from core.specs.students import (
-    Canonical,
     GeodesicAttention,
     NlerpGeodesic,
     RotorProduct,

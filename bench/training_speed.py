@@ -47,8 +47,9 @@ from core.distill.curriculum import anchored as by_anchor
 from core.distill.students._base import build_student
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
+from core.specs.canonical import Canonical
 from core.specs.losses import Losses
-from core.specs.students import Canonical, GeodesicAttention, NlerpGeodesic, RotorProduct, Student
+from core.specs.students import GeodesicAttention, NlerpGeodesic, RotorProduct, Student
 from core.specs.teachers import Rotational
 from core.specs.training import Training
 from core.tensors.formats import Federated

@@ -17,7 +17,7 @@ from core.kinds._teacher import load_teacher, teacher_bytes
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.plain_students import HierarchicalRouter, ProjectionTransformer
 from core.specs.sizes import Sizes
-from core.specs.students import check_learns
+from core.specs.students import check_learns, parse_student
 from core.specs.teachers import Lda
 
 if TYPE_CHECKING:
@@ -65,18 +65,28 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             "student: of another model; time it beside its own teacher", pointer="/student"
         )
     check_learns(spec.architecture, "lda_model")
-    for heads in spec.clusters:
+    worlds = [Sizes(sizes.dim, sizes.width, heads, heads) for heads in spec.clusters]
+    for world in worlds:
         try:
-            spec.architecture.check_sizes(Sizes(sizes.dim, sizes.width, heads, heads))
+            spec.architecture.check_sizes(world)
         except SpecInvalid as error:  # told of a student; here it is the architecture
             raise SpecInvalid(
-                f"clusters {heads}: {error.message.replace('student.', 'architecture.')}",
+                f"clusters {world.clusters}: {error.message.replace('student.', 'architecture.')}",
                 pointer=(error.pointer or "").replace("/student", "/architecture"),
             ) from error
-    heads = max(spec.clusters)
-    rows = float_bytes(max(spec.batches), sizes.dim + sizes.width + 3 * heads)
-    held = 6 * float_bytes(heads, sizes.dim + sizes.width)
-    return [Stage("measure", 1, memory_bytes=teacher_bytes(model) + rows + held)]
+    needed = teacher_bytes(model) + max(_needed_bytes(spec, world) for world in worlds)
+    if "student" in inputs:
+        own = parse_student(inputs["student"].meta["student"])
+        needed += 2 * float_bytes(own.parameters(sizes))
+    return [Stage("measure", 1, memory_bytes=needed)]
+
+
+def _needed_bytes(spec: Spec, sizes: Sizes) -> int:
+    """Return what a teacher of random heads takes, the student over it, and a batch of both."""
+    batch, student = max(spec.batches), spec.architecture
+    heads = 6 * float_bytes(sizes.clusters, sizes.dim + sizes.width)
+    rows = float_bytes(batch, sizes.dim + sizes.width + 3 * sizes.clusters + student.units(sizes))
+    return heads + rows + 2 * float_bytes(student.parameters(sizes))
 
 
 def run_chunk(spec: Spec, chunk: Chunk) -> ChunkResult:

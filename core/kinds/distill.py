@@ -13,6 +13,7 @@ from core.kinds._training import (
     TrainingSpec,
     check_student,
     curves,
+    export_bytes,
     export_files,
     last_score,
     made_file,
@@ -23,8 +24,9 @@ from core.kinds._training import (
     train_some,
 )
 from core.specs.base import Reads, Reference
-from core.specs.codebooks import MOST_PLANES
-from core.specs.students import Canonical, Student, default_student
+from core.specs.canonical import Canonical
+from core.specs.codebooks import MOST_PLANES, PrincipalPlanes
+from core.specs.students import Student, default_student
 
 
 class Spec(TrainingSpec):
@@ -59,10 +61,12 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Targets where none are given, the chain of epochs, the export."""
     model = inputs["model"].meta
     check_student(spec, _planned(spec, inputs), inputs)
+    student = _on_codebook(spec, inputs)
+    needed = needed_bytes(model, student, spec.training)
     return [
         targets_stage(spec, inputs),
-        Stage("train", train_chunks(spec, inputs), "chained", memory_bytes=needed_bytes(model)),
-        Stage("export", 1),
+        Stage("train", train_chunks(spec, inputs), "chained", memory_bytes=needed),
+        Stage("export", 1, memory_bytes=export_bytes(model, student)),
     ]
 
 
@@ -86,6 +90,16 @@ def _planned(spec: Spec, inputs: Mapping[str, Input]) -> Student:
         )
     # Its own planes are not made: one passes any width.
     return spec.student.model_copy(update={"n_components": 1})
+
+
+def _on_codebook(spec: Spec, inputs: Mapping[str, Input]) -> Student:
+    """Return the student as large as it will be on the codebook's planes."""
+    student = _student(spec, inputs["model"])
+    if "codebook" not in inputs or not isinstance(student, Canonical):
+        return student
+    count = inputs["codebook"].meta["n_components"]
+    planes = PrincipalPlanes(n_components=count, disjoint=False)
+    return student.model_copy(update={"codebook": planes, "n_components": None})
 
 
 def _codebook(spec: Spec, chunk: Chunk) -> str | None:

@@ -74,12 +74,21 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
         told_or_default(spec.teacher, model)
     most = judge.most(inputs)
     asked = inputs["pairs"].meta["rows"] if "pairs" in inputs else most
-    needed = teacher_bytes(model.meta) + 4 * float_bytes(asked, max(sizes.dim, sizes.width))
+    held = judge.answers * float_bytes(asked, max(sizes.dim, sizes.width))
+    needed = teacher_bytes(model.meta) + held + _student_bytes(inputs, sizes)
     return [
         Stage("choose", 1, memory_bytes=needed),
         Stage("map", len(blocks(most, ROWS_PER_CHUNK)), memory_bytes=needed),
         Stage("judge", 1, memory_bytes=needed),
     ]
+
+
+def _student_bytes(inputs: Mapping[str, Input], sizes: Sizes) -> int:
+    """Return what the student takes, and its file while it is read."""
+    if "student" not in inputs:
+        return 0
+    student = parse_student(inputs["student"].meta["student"])
+    return 2 * float_bytes(student.parameters(sizes))
 
 
 def _check_inputs(judge: Judge, inputs: Mapping[str, Input], sizes: Sizes) -> None:

@@ -16,6 +16,7 @@ from core.kinds._training import (
     curves,
     data_of,
     epoch_chunks,
+    export_bytes,
     export_files,
     last_score,
     made_file,
@@ -87,13 +88,14 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """
     variants, model = spec.variants(), inputs["model"].meta
     _check_variants(spec, variants, inputs)
-    needed = needed_bytes(model)
+    needed = max(needed_bytes(model, each.student, spec.training) for each in variants)
+    wide = max(export_bytes(model, each.student) for each in variants)
     rounds = [Stage(_round(number), len(variants), memory_bytes=needed) for number in _rounds(spec)]
     return [
         targets_stage(spec, inputs),
         *rounds,
         Stage("judge", len(variants), memory_bytes=needed),
-        Stage("report", 1, memory_bytes=needed),
+        Stage("report", 1, memory_bytes=max(needed, wide)),
     ]
 
 

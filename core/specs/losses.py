@@ -30,6 +30,8 @@ RELATIONAL = frozenset({"relational_kl", "neighbour_kl", "rkd_distance", "rkd_an
 """Terms that compare rows of a batch with each other."""
 LEAST_ROWS = 3
 """Of a batch that has relations to learn: of 2 rows each has but one other."""
+OF_BATCH = RELATIONAL | {"retrieval_kl"}
+"""Terms that hold every row of a batch against every other: memory grows with its square."""
 TEMPERED = frozenset({"relational_kl", "neighbour_kl"})
 """Terms that ``training.tau`` acts on."""
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.architectures import covering_architecture, optimal_architecture
+from core.specs.counts import linear, perceptron, perceptron_units
 from core.specs.losses import Compares
 from core.specs.shaped import Shaped
 from core.specs.sizes import Sizes
@@ -75,6 +76,17 @@ class ProjectionTransformer(Plain):
         told = {"num_heads": self.num_heads or heads, "num_layers": self.num_layers or layers}
         return self.model_copy(update=told)
 
+    def parameters(self, sizes: Sizes) -> int:
+        """Count the layers: attention 4 d^2, the feed-forward part, two norms; see Shaped."""
+        layers, d = self.as_built(sizes).num_layers or 1, sizes.dim
+        layer = 4 * linear(d, d) + linear(d, self.ff_dim) + linear(self.ff_dim, d) + 4 * d
+        return linear(d, d) + layers * layer + linear(d, sizes.width)
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped."""
+        layers = self.as_built(sizes).num_layers or 1
+        return layers * (16 * sizes.dim + 3 * self.ff_dim) + 2 * (sizes.dim + sizes.width)
+
 
 class HierarchicalRouter(Plain):
     """H^L slots addressed by L levels of H keys: what documents 001 and 003 mean by H^L = N.
@@ -136,6 +148,28 @@ class HierarchicalRouter(Plain):
             bound["own_rank"] = None
         return self.model_copy(update=bound)
 
+    def parameters(self, sizes: Sizes) -> int:
+        """Count keys, each slot's head, bias and correction, and the slots' values; see Shaped."""
+        heads, levels, rank = self._built_sizes(sizes)
+        slots: int = heads**levels
+        own = sizes.dim if rank is None else rank
+        slot = 2 + own + (sizes.dim if sizes.maps else 1) * sizes.width
+        axes = sizes.dim * (rank or 0)
+        return levels * heads * sizes.dim + slots * slot + axes
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped: slots' scores, the corrections of candidates, the query for every map."""
+        heads, levels, rank = self._built_sizes(sizes)
+        slots: int = heads**levels
+        own = sizes.dim if rank is None else rank
+        gathered = (self.as_built(sizes).candidates or 0) * (own + 4)
+        return slots * (8 + (sizes.dim if sizes.maps else 0)) + gathered + 4 * sizes.dim
+
+    def _built_sizes(self, sizes: Sizes) -> tuple[int, int, int | None]:
+        """Return H, L and the corrections' rank, None for full."""
+        built = self.as_built(sizes)
+        return built.heads or 2, built.levels or 1, built.own_rank
+
 
 class Narrowing(Plain):
     """A student that may be told its width."""
@@ -172,6 +206,14 @@ class Linear(Narrowing):
                 pointer="/student/dim",
             )
 
+    def parameters(self, sizes: Sizes) -> int:
+        """Count the layer; see Shaped."""
+        return linear(sizes.dim, self.output(sizes))
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped."""
+        return sizes.dim + self.output(sizes)
+
 
 class Mlp(Narrowing):
     """A multilayer perceptron."""
@@ -183,6 +225,14 @@ class Mlp(Narrowing):
     noise: float = Field(
         0.0, ge=0, le=10, description="Length of the noise on a training query, of its own."
     )
+
+    def parameters(self, sizes: Sizes) -> int:
+        """Count the perceptron; see Shaped."""
+        return perceptron(sizes.dim, self.hidden, self.layers, self.output(sizes))
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped."""
+        return perceptron_units(sizes.dim, self.hidden, self.layers, self.output(sizes))
 
 
 class Hierarchical(Plain):
@@ -238,3 +288,15 @@ class Hierarchical(Plain):
     def decodes(self) -> bool:
         """Whether there is a decoder."""
         return self.decoder > 0
+
+    def parameters(self, sizes: Sizes) -> int:
+        """Count encoder and decoder; see Shaped."""
+        code = self.output(sizes)
+        encoder = perceptron(sizes.dim, self.hidden, self.layers, code)
+        return encoder + (perceptron(code, self.decoder, 1, sizes.width) if self.decoder else 0)
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped."""
+        code = self.output(sizes)
+        encoder = perceptron_units(sizes.dim, self.hidden, self.layers, code)
+        return encoder + perceptron_units(code, self.decoder, 1, sizes.width)

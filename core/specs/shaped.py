@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Self
 
 from core.errors import SpecInvalid
@@ -39,6 +40,19 @@ class Shaped(Closed):
         """Return what of its answers is held against the teacher's."""
         del sizes
         return "directions"
+
+    @abstractmethod
+    def parameters(self, sizes: Sizes) -> int:
+        """Return how many numbers the built student keeps, buffers too; never fewer."""
+
+    def copied(self, sizes: Sizes) -> int:
+        """Return how many of those are the model's training queries, which no training changes."""
+        del sizes
+        return 0
+
+    @abstractmethod
+    def units(self, sizes: Sizes) -> int:
+        """Return about how many numbers of one query the gradient keeps, rather too many."""
 
     def routes(self) -> bool:
         """Whether it has a router of its own that the teacher's weights can teach."""

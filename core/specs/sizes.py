@@ -19,9 +19,12 @@ class Sizes:
     """Training queries."""
     clusters: int = 0
     """That a teacher over it weighs; 0 where it weighs none."""
+    maps: bool = False
+    """Whether each of those answers by a matrix [d, m] of its own, not by a vector."""
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Sizes:
         """Read them from an artifact's meta."""
         dim = meta["dim"]
-        return cls(dim, meta.get("target_dim", dim), meta["rows"], meta.get("clusters", 0))
+        width, maps = meta.get("target_dim", dim), meta.get("mode", "answers") == "maps"
+        return cls(dim, width, meta["rows"], meta.get("clusters", 0), maps)

@@ -8,15 +8,8 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from core.errors import SpecInvalid
 from core.specs.base import Closed
-from core.specs.codebooks import (
-    MOST_PLANES,
-    PLANES,
-    CanonicalPlanes,
-    Codebook,
-    CombinedPlanes,
-    PrincipalPlanes,
-    check_planes,
-)
+from core.specs.canonical import Canonical
+from core.specs.counts import linear
 from core.specs.plain_students import (
     Hierarchical,
     HierarchicalRouter,
@@ -32,105 +25,6 @@ ROUTER_HIDDEN = 256
 """Width of a learnt router that is told none."""
 ROUTER_RANK = 128
 """Rank of a projected router that is told none."""
-
-
-class Canonical(Shaped):
-    """Document 000's own student: rotations in the planes of a codebook, by attention weights.
-
-    On canonical planes it is kept for comparison: whatever it learns there stays close to the
-    identity (science of document 000). Planes made of the teacher's bivectors, a larger
-    ``angle_scale`` and ``bias: angle`` let it reach further.
-    """
-
-    name: Literal["canonical"] = "canonical"
-    transformer_type: Literal["additive", "composed", "bivector_blend"] = Field(
-        "composed",
-        description="How a layer turns by one weight per plane: 'additive' sums the plane "
-        "rotations by weight and puts the length right; 'composed' rotates in plane after plane; "
-        "'bivector_blend' is the exponential of the blend. Disjoint planes commute: on them the "
-        "last two are the same map.",
-    )
-    n_components: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_PLANES,
-        description=f"Canonical planes, at most d/2; null: {PLANES}, or the codebook's.",
-    )
-    codebook: Codebook | None = Field(
-        None,
-        description="Which planes; null: canonical ones. 'pca' and 'combined' are made of the "
-        "teacher's own bivectors, and the student then starts from q G as the teacher does.",
-    )
-    bias: Literal["none", "angle", "vector"] = Field(
-        "none",
-        description="'angle': a learnt constant angle per plane and layer. 'vector': a learnt "
-        "vector, times the length of the query, added before lengths are put right.",
-    )
-    layers: int = Field(3, ge=1, le=32)
-    heads: int = Field(4, ge=1, le=64)
-    angle_scale: float = Field(
-        1.0,
-        gt=0,
-        le=256,
-        description="Radians by which all of a layer's weight in one plane turns it; document "
-        "000's is 1.",
-    )
-    compat: Literal["legacy"] | None = Field(
-        None,
-        description="'legacy' adds document 000's learnt softplus scale, which changes lengths.",
-    )
-
-    @model_validator(mode="after")
-    def _planes_are_told_once(self) -> Canonical:
-        # Not model_fields_set: a stored job's spec names every field.
-        if self.codebook is not None and self.n_components is not None:
-            raise ValueError(
-                f"n_components {self.n_components} beside codebook: leave it null, the codebook "
-                "has its own"
-            )
-        if self.compat == "legacy" and self.angle_scale != 1.0:
-            raise ValueError(
-                f"angle_scale {self.angle_scale:g} with compat 'legacy'; allowed: 1, document 000's"
-            )
-        return self
-
-    def as_built(self, sizes: Sizes) -> Self:
-        """Tell the planes, canonical ones by their number; see Shaped."""
-        planes = self.planes()
-        if isinstance(planes, CanonicalPlanes):
-            return self.model_copy(update={"codebook": None, "n_components": planes.n_components})
-        if isinstance(planes, CombinedPlanes):
-            most = min(planes.planes_per_cluster, sizes.dim // 2)
-            planes = planes.model_copy(update={"planes_per_cluster": most})
-        return self.model_copy(update={"codebook": planes})
-
-    def alike(self, sizes: Sizes) -> str:
-        """See Shaped; on disjoint planes two of the forms are one."""
-        built, planes = self.as_built(sizes), self.planes()
-        disjoint = not isinstance(planes, PrincipalPlanes) or planes.disjoint
-        if disjoint and self.transformer_type == "bivector_blend":
-            built = built.model_copy(update={"transformer_type": "composed"})
-        return built.model_dump_json()
-
-    def planes(self) -> Codebook:
-        """Return the codebook that is meant."""
-        return self.codebook or CanonicalPlanes(n_components=self.n_components or PLANES)
-
-    def check_sizes(self, sizes: Sizes) -> None:
-        """Raise SpecInvalid where the width has too few planes, or the heads do not divide it."""
-        if self.codebook is None:
-            check_planes(self.planes().n_components, sizes.dim, "/student/n_components")
-        else:
-            self.codebook.check_width(sizes.dim, "/student/codebook")
-        self.check_heads(sizes.dim)
-
-    def check_heads(self, dim: int) -> None:
-        """Raise SpecInvalid where the heads do not divide the width."""
-        if dim % self.heads:
-            raise SpecInvalid(
-                f"student.heads {self.heads} does not divide the width {dim}",
-                pointer="/student/heads",
-            )
 
 
 class Routing(Shaped):
@@ -184,6 +78,27 @@ class Routing(Shaped):
             told["router_hidden"] = self.router_hidden or ROUTER_HIDDEN
         return self.model_copy(update={**told, **self._bound(sizes.dim)})
 
+    def parameters(self, sizes: Sizes) -> int:
+        """Count the router, the anchor and the queries' length; see Shaped."""
+        built, dim = self.as_built(sizes), sizes.dim
+        if self.router == "learnt":
+            hidden = built.router_hidden or ROUTER_HIDDEN
+            router = linear(dim, sizes.clusters) + hidden * (dim + 1 + sizes.clusters) + 1
+        else:
+            router = self.copied(sizes) + dim * (built.router_rank or 0)
+        return router + dim * dim + 1
+
+    def copied(self, sizes: Sizes) -> int:
+        """Count the keys, whole queries where the router is exact, and their clusters."""
+        if self.router == "learnt":
+            return 0
+        return sizes.rows * ((self.as_built(sizes).router_rank or sizes.dim) + 1)
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped: the router's units and the rows it turns."""
+        hidden = self.as_built(sizes).router_hidden or 0
+        return 8 * sizes.dim + 3 * hidden + 6 * sizes.clusters
+
     def _bound(self, dim: int) -> dict[str, int]:
         """Fields of the student's own that the width bounds."""
         del dim
@@ -213,6 +128,16 @@ class RotorProduct(Routing):
         "With another router and false nothing is trained: losses and learning rate then say "
         "nothing, and one epoch judges the student.",
     )
+
+    def parameters(self, sizes: Sizes) -> int:
+        """Count planes and angles beside the router; see Shaped."""
+        planes = min(self.planes or sizes.dim, sizes.dim // 2)
+        return super().parameters(sizes) + sizes.clusters * planes * (2 * sizes.dim + 1)
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped: coordinates in every plane, forward and reversed, and their turns."""
+        planes = min(self.planes or sizes.dim, sizes.dim // 2)
+        return super().units(sizes) + 8 * sizes.clusters * planes
 
     def _bound(self, dim: int) -> dict[str, int]:
         return {"planes": min(self.planes or dim // 2, dim // 2)}
@@ -245,6 +170,17 @@ class NlerpGeodesic(Routing):
         "0.002 of the gap behind the exact router and lost 0.007 behind the projected one.",
     )
 
+    def parameters(self, sizes: Sizes) -> int:
+        """Count planes, angles and the step beside the router; see Shaped."""
+        planes = min(self.planes or sizes.dim, sizes.dim // 2)
+        step = self.correction_hidden * (2 * sizes.dim + 1)
+        return super().parameters(sizes) + sizes.clusters * planes * (2 * sizes.dim + 1) + step
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped: coordinates in every plane, also weighed, and the step's units."""
+        planes = min(self.planes or sizes.dim, sizes.dim // 2)
+        return super().units(sizes) + 6 * sizes.clusters * planes + 3 * self.correction_hidden
+
     def _bound(self, dim: int) -> dict[str, int]:
         return {"planes": min(self.planes or dim // 2, dim // 2)}
 
@@ -262,6 +198,17 @@ class SharedSubspace(Routing):
     subspace: int = Field(
         64, ge=2, le=1024, description="r, dimensions of U; all where the width is less."
     )
+
+    def parameters(self, sizes: Sizes) -> int:
+        """Count U and the upper triangle of every S_c beside the router; see Shaped."""
+        rank = min(self.subspace, sizes.dim)
+        inside = sizes.dim * rank + sizes.clusters * rank * (rank - 1) // 2
+        return super().parameters(sizes) + inside
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped: its own blended bivector, doubled too, and the terms of the series."""
+        rank = min(self.subspace, sizes.dim)
+        return super().units(sizes) + 3 * rank * rank + 24 * rank
 
     def _bound(self, dim: int) -> dict[str, int]:
         return {"subspace": min(self.subspace, dim)}
@@ -287,6 +234,16 @@ class GeodesicAttention(Shaped):
     def routes(self) -> bool:
         """Its attention over the slots says weights of the clusters."""
         return True
+
+    def parameters(self, sizes: Sizes) -> int:
+        """Count slots, gated MLP, anchor and the queries' length; see Shaped."""
+        slots = min(self.slots, sizes.rows) * (sizes.dim + sizes.clusters)
+        return slots + self.hidden * (2 * sizes.dim + sizes.clusters) + sizes.dim**2 + 1
+
+    def units(self, sizes: Sizes) -> int:
+        """See Shaped: attention, weights of the clusters and the MLP's units."""
+        slots = min(self.slots, sizes.rows)
+        return 8 * sizes.dim + 3 * slots + 4 * sizes.clusters + 4 * self.hidden
 
     def as_built(self, sizes: Sizes) -> Self:
         """Cut the slots to the queries there are; see Shaped."""

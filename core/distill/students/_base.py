@@ -176,7 +176,7 @@ def build_student(
 
 
 def sizes_of(teacher: TeacherModel) -> Sizes:
-    """Return what a student's spec must know of a teacher."""
+    """Return what a student's spec must know of a teacher; ``maps`` an artifact's meta tells."""
     rows, dim = teacher.queries.shape
     clusters = 0 if teacher.centroids is None else len(teacher.centroids)
     return Sizes(dim, teacher.truths.shape[1], rows, clusters)

@@ -28,8 +28,8 @@ from core.errors import DataInvalid
 from core.rotations.codebook import build as build_codebook
 from core.rotations.codebook import canonical
 from core.rotations.sphere import keep_length
+from core.specs.canonical import Canonical
 from core.specs.codebooks import MOST_PLANES, CanonicalPlanes, check_planes
-from core.specs.students import Canonical
 from core.tensors.codebooks import Codebook
 
 BLOCK_ROWS = 4096

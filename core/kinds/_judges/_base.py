@@ -76,6 +76,8 @@ class Judge:
     """What each way of mapping says to some rows: name -> [rows, any]."""
     report: Callable[[Asked, dict[str, Array], Array, int], Reported]
     """(asked, outputs of all mapped rows, rows judged, dropped) -> the files."""
+    answers: int
+    """How many times the rows' answers are held in memory at most, beside the teacher."""
     timed: Callable[[Asked], dict[str, Map]]
     """Ways of mapping whose speed is of interest, without the student."""
 

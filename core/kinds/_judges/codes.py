@@ -112,5 +112,6 @@ JUDGE = Judge(
     mapped=_all_rows,
     outputs=_outputs,
     report=_report,
+    answers=10,
     timed=_timed,
 )

@@ -100,5 +100,6 @@ JUDGE = Judge(
     mapped=lambda asked, rows: rows,
     outputs=_outputs,
     report=_report,
+    answers=4,
     timed=_timed,
 )

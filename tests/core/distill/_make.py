@@ -14,6 +14,7 @@ from core.distill.curriculum import TrainingData, training_data
 from core.distill.students._base import Shown, StudentModule, build_student
 from core.distill.teachers._base import TeacherModel, teachers
 from core.distill.teachers.rotational import RotationalTeacher
+from core.specs.canonical import Canonical
 from core.specs.clusterings import KMeans
 from core.specs.codebooks import PrincipalPlanes
 from core.specs.plain_students import (
@@ -24,7 +25,6 @@ from core.specs.plain_students import (
     ProjectionTransformer,
 )
 from core.specs.students import (
-    Canonical,
     GeodesicAttention,
     NlerpGeodesic,
     RotorProduct,

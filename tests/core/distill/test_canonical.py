@@ -21,8 +21,8 @@ from core.distill.training import TrainState, run_epochs
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.codebook import bases_of
 from core.rotations.skew import from_planes
+from core.specs.canonical import Canonical
 from core.specs.sizes import Sizes
-from core.specs.students import Canonical
 from tests.core.distill._make import (
     DIM,
     make_data,

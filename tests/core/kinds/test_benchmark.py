@@ -106,7 +106,8 @@ def test_an_architecture_that_cannot_be_built_is_refused(
 
 
 def test_a_student_of_another_model_is_refused() -> None:
-    assert planned({"model": "0" * 64, "dim": 16}) > 0
+    own = {"model": "0" * 64, "dim": 16, "student": {"name": "mlp"}}
+    assert planned(own) > planned()
     with pytest.raises(SpecInvalid, match="of another model") as caught:
         planned({"model": "2" * 64, "dim": 16})
     assert caught.value.pointer == "/student"
@@ -115,6 +116,14 @@ def test_a_student_of_another_model_is_refused() -> None:
 def test_memory_grows_with_heads_and_batches() -> None:
     assert planned(clusters=[64]) < planned(clusters=[64, 4096])
     assert planned(batches=[1]) < planned(batches=[1, 4096])
+
+
+def test_memory_grows_with_the_architecture() -> None:
+    wide = {"name": "projection_transformer", "num_heads": 4, "ff_dim": 65_536}
+    more = planned(architecture=wide, clusters=[4]) - planned(clusters=[4])
+    assert more > 4 * 2 * 2 * 16 * 60_000, "two layers of two matrices each"
+    slots = {"name": "hierarchical_router", "heads": 4096, "levels": 1}
+    assert planned(architecture=slots, clusters=[4]) > 4 * 4096 * (16 + 16)
 
 
 def test_a_model_that_is_no_lda_is_refused(other_world: World) -> None:
