@@ -68,8 +68,9 @@ def distill_loss(
             other methods have no temperature.
         method: None: ``cosine`` for equal widths, else ``relational_kl``. ``cosine``: mean of
             1 - cos (1/2 for a zero row), equal widths alone, B >= 1. Of
-            ``core.distill.relational``, B >= 2: ``relational_kl``, ``rkd_distance``, ``rkd_angle``, ``gram``. Or a function of one's
-            own, called as ``method(student_vec, teacher_vec, tau=tau)``.
+            ``core.distill.relational``, B >= 2: ``relational_kl``, ``rkd_distance``, ``rkd_angle``,
+            ``gram``. Or a function of one's own, called as ``method(student_vec, teacher_vec,
+            tau=tau)``.
 
     Returns:
         A scalar >= 0; of ``cosine`` at most 2.
