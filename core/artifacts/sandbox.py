@@ -40,8 +40,8 @@ class Imported:
     path: Path
     """In the working folder, under a made-up name."""
     format: str
-    """``pairs``, ``federated_model``, ``lda_model``, ``codebook``, ``bivectors_cache`` or
-    ``targets_cache``."""
+    """``pairs``, ``embeddings``, ``federated_model``, ``lda_model``, ``codebook``,
+    ``bivectors_cache`` or ``targets_cache``."""
     file_name: str
     """The name a person gets when downloading; never part of a path."""
     media_type: str

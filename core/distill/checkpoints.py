@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import re
+import struct
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from core.errors import DataInvalid, SpecInvalid
 from core.tensors.embeddings import LABELS, read_labels
+from core.tensors.manifests import shown
 
 _UNREADABLE = (
     pickle.UnpicklingError,
@@ -29,6 +33,9 @@ _UNREADABLE = (
     AttributeError,
     AssertionError,
     EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
 )
 """What torch and safetensors raise for files that are damaged, foreign or hostile."""
 
@@ -48,9 +55,10 @@ def load_teacher_checkpoint(
         teacher_dim: the width that is expected; None: any.
 
     Returns:
-        ``embeddings`` [n >= 1, D >= 2] float32, whatever floating dtype the file has; and of these
-        what the file holds: ``inputs`` [n, d] float32, ``ids``, ``groups``, ``texts`` (lists of n
-        str), ``model_state`` (a dict, its tensors as they are). Other entries are left out.
+        ``embeddings`` [n >= 1, D >= 2] float32, no zero row, whatever floating dtype the file has;
+        and of these what the file holds: ``inputs`` [n, d] float32 likewise, ``ids`` (unique),
+        ``groups``, ``texts`` (lists of n str), ``model_state`` (a dict, its dense tensors as they
+        are). Other entries are left out.
 
     Raises:
         DataInvalid: no such file, one that cannot be read without running code, a field that is
@@ -107,14 +115,22 @@ def _read(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore", UserWarning)
             found = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        said = str(error).strip().split("\n")[0]
         raise DataInvalid(
             "not a checkpoint of tensors and plain values, which is all that is read (no code is "
-            f"run): {said:.200}"
+            f"run): {_said(error)}"
         ) from error
     if not isinstance(found, dict):
         raise DataInvalid(f"holds a {type(found).__name__}; needed a dict with 'embeddings'")
     return found
+
+
+def _said(error: Exception) -> str:
+    """Return what a reader found, without torch's advice to run the file's code after all."""
+    said = str(error)
+    if named := re.search(r"GLOBAL ([\w.]{1,200})", said):
+        return f"it names {named[1]}"
+    said = said.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    return f"{said:.200}" or type(error).__name__
 
 
 def _unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -147,6 +163,9 @@ def _checked(found: Mapping[str, Any], place: torch.device, dim: int | None) -> 
     for name in LABELS:
         if found.get(name) is not None:
             kept[name] = _texts(name, found[name], rows)
+    twice = [name for name, count in Counter(kept.get("ids", ())).items() if count > 1]
+    if twice:
+        raise DataInvalid(f"ids: {shown(twice[0])} appears more than once; make ids unique")
     if found.get("model_state") is not None:
         kept["model_state"] = _state(found["model_state"], place)
     return kept
@@ -155,9 +174,11 @@ def _checked(found: Mapping[str, Any], place: torch.device, dim: int | None) -> 
 def _vectors(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise DataInvalid(f"{name}: a {type(value).__name__}; needed a tensor [rows, dim]")
-    plain = value.layout == torch.strided and not value.is_quantized
-    if value.ndim != 2 or not len(value) or value.shape[1] < 2 or not plain:
-        raise DataInvalid(f"{name}: shape {list(value.shape)}; needed dense [rows >= 1, dim >= 2]")
+    # Of some kinds of tensor even the shape cannot be asked for.
+    if odd := _oddity(value):
+        raise DataInvalid(f"{name}: {odd}; needed a dense tensor [rows >= 1, dim >= 2]")
+    if value.ndim != 2 or not len(value) or value.shape[1] < 2:
+        raise DataInvalid(f"{name}: shape {list(value.shape)}; needed [rows >= 1, dim >= 2]")
     if not value.is_floating_point():
         raise DataInvalid(f"{name}: dtype {value.dtype}; needed a floating one")
     narrow = value.detach().float()
@@ -165,12 +186,37 @@ def _vectors(name: str, value: Any) -> Tensor:
     if not finite.all():
         row = int(finite.int().argmin())
         raise DataInvalid(f"{name}: row {row} holds NaN or infinity (in float32); remove it")
+    some = narrow.any(1)
+    if not some.all():
+        row = int(some.int().argmin())
+        raise DataInvalid(
+            f"{name}: row {row} is all zeros (in float32); a direction is needed, remove it"
+        )
     return narrow
 
 
+def _oddity(tensor: Tensor) -> str | None:
+    """Return what makes a tensor more than numbers that the file holds, None where nothing does."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_meta:
+        return "a meta tensor, which has no values"
+    if tensor.layout != torch.strided:
+        return f"of layout {tensor.layout}"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if tensor.numel() > stored:
+        return f"shape {list(tensor.shape)} over {stored} stored numbers, an expanded view"
+    return None
+
+
 def _texts(name: str, value: Any, rows: int) -> list[str]:
-    if isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point():
-        value = value.tolist()
+    if isinstance(value, Tensor):
+        if odd := _oddity(value):
+            raise DataInvalid(f"{name}: {odd}; needed a list of text")
+        if value.ndim == 1 and not value.is_floating_point():
+            value = value.tolist()
     listed = isinstance(value, list | tuple)
     if not listed or not all(type(item) in (str, int) for item in value):
         raise DataInvalid(f"{name}: a {type(value).__name__}; needed a list of text")
@@ -182,6 +228,9 @@ def _texts(name: str, value: Any, rows: int) -> list[str]:
 def _state(value: Any, place: torch.device) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise DataInvalid(f"model_state: a {type(value).__name__}; needed a dict by name")
+    for name, item in value.items():
+        if isinstance(item, Tensor) and (odd := _oddity(item)):
+            raise DataInvalid(f"model_state: {shown(name)} is {odd}; needed dense tensors")
     return {
         name: item.to(place) if isinstance(item, Tensor) else item for name, item in value.items()
     }

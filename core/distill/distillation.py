@@ -6,6 +6,7 @@ The teacher is constant: no gradient goes to it. Bad arguments raise SpecInvalid
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -23,7 +24,7 @@ from core.specs.distillation import (
     DistillationConfig,
     get_tau_for_stage,
 )
-from core.specs.schedules import TauSchedule, check_tau, create_curriculum_schedule
+from core.specs.schedules import TauSchedule, check_tau, create_curriculum_schedule, told
 
 __all__ = [
     "CURRICULUM_CONFIG",
@@ -63,12 +64,13 @@ def distill_loss(
     Args:
         student_vec: [B, k] floating, of any length.
         teacher_vec: [B, D] floating, constant.
-        tau: finite and > 0; temperature of ``relational_kl`` (see there what it changes). The
+        tau: 1e-6 to 1e3; temperature of ``relational_kl`` (see there what it changes). The
             other methods have no temperature.
         method: None: ``cosine`` for equal widths, else ``relational_kl``. ``cosine``: mean of
-            1 - cos, equal widths alone, B >= 1. Of ``core.distill.relational``, B >= 2:
-            ``relational_kl``, ``rkd_distance``, ``rkd_angle``, ``gram``. Or a function of one's
-            own, called as ``method(student_vec, teacher_vec, tau=tau)``.
+            1 - cos (1/2 for a zero row), equal widths alone, B >= 1. Of
+            ``core.distill.relational``, B >= 2: ``relational_kl``, ``rkd_distance``, ``rkd_angle``,
+            ``gram``. Or a function of one's own, called as ``method(student_vec, teacher_vec,
+            tau=tau)``.
 
     Returns:
         A scalar >= 0; of ``cosine`` at most 2.
@@ -110,7 +112,7 @@ def kl_distill_loss(
     Args:
         student_logits: [..., K] floating, K >= 2.
         teacher_logits: [..., K] floating, the same shape; constant.
-        tau: finite and > 0.
+        tau: 1e-6 to 1e3.
         reduction: ``mean``: over the rows (all axes but the last), what torch calls ``batchmean``;
             a mean over the K classes too would be K times too small. ``sum``: over the rows.
             ``none``: [...], one number a row.
@@ -155,7 +157,7 @@ def combined_distill_loss(
     Args:
         student_vec: [B, k], as of ``distill_loss``.
         teacher_vec: [B, D].
-        reconstruction_loss: a scalar, whatever it measures; its gradient is kept.
+        reconstruction_loss: a finite scalar, whatever it measures; its gradient is kept.
         alpha: in [0, 1]: 1 is distillation alone.
         tau: as of ``distill_loss``.
         method: as of ``distill_loss``.
@@ -188,8 +190,8 @@ def curriculum_distill_step(
         tau_schedule: from a stage to its temperature: ``create_curriculum_schedule``'s, a config's
             ``get_tau_for_stage``, or one's own.
         alpha: in [0, 1].
-        reconstruction_loss: a scalar; None: there is none, it counts as 0, and the loss is alpha
-            times the distillation loss.
+        reconstruction_loss: a finite scalar; None: there is none, it counts as 0, and the loss is
+            alpha times the distillation loss.
         method: as of ``distill_loss``.
 
     Returns:
@@ -211,14 +213,14 @@ def curriculum_distill_step(
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cos over the rows."""
+    """Half the mean squared chord, which is 1 - cos and keeps its digits near 0."""
     if student.shape != teacher.shape:
         raise DataInvalid(
             f"student_vec: {student.shape[1]} wide beside teacher_vec's {teacher.shape[1]}; method "
             "'cosine' needs equal widths (relational_kl, rkd_distance, rkd_angle, gram do not)",
             pointer="/student_vec",
         )
-    return (1 - (unit(student) * unit(teacher)).sum(1)).mean()
+    return (unit(student) - unit(teacher)).square().sum(1).mean() / 2
 
 
 _UNTEMPERED: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -284,13 +286,14 @@ def _check_alpha(alpha: Any) -> None:
 
 
 def _scalar(name: str, value: Any) -> Tensor | float:
-    if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    what = (
-        f"{value.dtype} of shape {list(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"a {type(value).__name__} {value!r:.40}"
-    )
-    raise DataInvalid(f"{name}: {what}; needed a floating scalar", pointer=f"/{name}")
+    if isinstance(value, Tensor):
+        scalar = value.ndim == 0 and value.is_floating_point()
+        if scalar and value.isfinite():
+            return value
+        what = f"{value.item()}" if scalar else f"{value.dtype} of shape {list(value.shape)}"
+    else:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and abs(value) <= sys.float_info.max:
+            return float(value)
+        what = f"a {type(value).__name__} {told(value)}"
+    raise DataInvalid(f"{name}: {what}; needed a finite floating scalar", pointer=f"/{name}")

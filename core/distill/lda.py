@@ -195,6 +195,9 @@ def _check(centroids: Tensor, answers: Tensor | None, maps: Tensor | None) -> No
     if (answers is None) == (maps is None):
         raise DataInvalid("answers, maps: needed exactly one of the two")
     name, heads = ("answers", answers) if maps is None else ("maps", maps)
+    for field, given in (("centroids", centroids), (name, heads)):
+        if not isinstance(given, Tensor):
+            raise DataInvalid(f"{field}: a {type(given).__name__}; needed a tensor")
     assert heads is not None
     if centroids.ndim != 2 or 0 in centroids.shape:
         raise DataInvalid(f"centroids: shape {list(centroids.shape)}; needed [heads, dim]")

@@ -40,7 +40,7 @@ def relational_kl(student: Tensor, teacher: Tensor, *, tau: float) -> Tensor:
     Args:
         student: [B, k] floating, of any length; B >= 2.
         teacher: [B, D] floating.
-        tau: of the cosines, finite and > 0.
+        tau: of the cosines, 1e-6 to 1e3.
 
     Returns:
         A scalar in nats, the mean over the rows.
@@ -73,7 +73,7 @@ def neighbour_kl(student: Tensor, teacher: Tensor, *, tau: float) -> Tensor:
     Args:
         student: [B, k] floating; B >= 2.
         teacher: [B, D] floating, of any length.
-        tau: finite and > 0.
+        tau: 1e-6 to 1e3.
 
     Returns:
         A scalar in nats, the mean over the rows.

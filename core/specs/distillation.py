@@ -7,14 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from core.specs.base import Closed
-from core.specs.schedules import ScheduleType, TauSchedule
+from core.specs.schedules import COLDEST, HOTTEST, ScheduleType, TauSchedule
 
 Relation = Literal["neighbour_kl", "relational_kl"]
 """Terms of the loss that compare relations and have a temperature."""
 
-HOTTEST = 1e3
-"""A temperature at which all cosines are alike to three digits."""
-Tau = Annotated[float, Field(gt=0, le=HOTTEST)]
+Tau = Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
 
 
 class DistillationConfig(Closed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,6 +11,9 @@ from typing import Any, Literal, get_args
 from core.errors import SpecInvalid
 
 ScheduleType = Literal["linear", "exponential", "cosine"]
+COLDEST, HOTTEST = 1e-6, 1e3
+"""Temperatures: at the coldest a digit of a float32 cosine tells rows apart, at the hottest all
+cosines are alike to three digits. Between them no square and no ratio leaves a float's range."""
 SCHEDULE_TYPES: tuple[str, ...] = get_args(ScheduleType)
 
 _SHARES: Mapping[str, Callable[[float, float, float], float]] = {
@@ -72,8 +76,8 @@ def create_curriculum_schedule(
     Linear from 4.0 to 0.5 in 5 stages gives 4.0, 3.125, 2.25, 1.375, 0.5.
 
     Args:
-        start_tau: of stage 0, finite and > 0.
-        end_tau: of the last stage, finite and > 0; may be above ``start_tau``.
+        start_tau: of stage 0, 1e-6 to 1e3.
+        end_tau: of the last stage, 1e-6 to 1e3; may be above ``start_tau``.
         num_stages: >= 1; of a single stage the temperature is ``end_tau``.
         schedule_type: ``linear``, ``exponential`` or ``cosine``. Document 004 says of
             ``exponential`` that its first changes are gradual: in ratio they are like all others,
@@ -86,7 +90,18 @@ def create_curriculum_schedule(
 
 
 def check_tau(name: str, value: Any) -> None:
-    """Raise SpecInvalid unless ``value`` is a temperature: a finite number above 0."""
+    """Raise SpecInvalid unless ``value`` is a temperature: a number from COLDEST to HOTTEST."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise SpecInvalid(f"{name} {value!r}; allowed: a finite number > 0", pointer=f"/{name}")
+    if number and COLDEST <= value <= HOTTEST:
+        return
+    raise SpecInvalid(
+        f"{name} {told(value)}; allowed: a number, {COLDEST:g} to {HOTTEST:g}", pointer=f"/{name}"
+    )
+
+
+def told(value: Any) -> str:
+    """Return a wrong argument as a message may hold it: short, whatever it is."""
+    # Python refuses to write out a whole number of more than 4300 digits.
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a whole number of over 30 digits"
+    return reprlib.repr(value)

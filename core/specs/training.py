@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from core.errors import SpecInvalid
 from core.specs.base import Closed
 from core.specs.losses import Losses
-from core.specs.schedules import ScheduleType, TauSchedule
+from core.specs.schedules import COLDEST, HOTTEST, ScheduleType, TauSchedule
 
 MADE_SHARE = 0.25
 """Share of made queries that ``augment: null`` means where the teacher can answer them."""
@@ -29,8 +29,12 @@ class Curriculum(Closed):
     """Stages of a training, from warm to cool: document 004's temperatures, and easy rows first."""
 
     stages: int = Field(5, ge=1, le=256, description="Each ends with a checkpoint that is kept.")
-    start_tau: float = Field(4.0, gt=0, le=1e3, description="Temperature of the first stage.")
-    end_tau: float = Field(0.5, gt=0, le=1e3, description="Temperature of the last stage.")
+    start_tau: float = Field(
+        4.0, ge=COLDEST, le=HOTTEST, description="Temperature of the first stage."
+    )
+    end_tau: float = Field(
+        0.5, ge=COLDEST, le=HOTTEST, description="Temperature of the last stage."
+    )
     schedule: ScheduleType = Field(
         "linear", description="How the temperature falls (or rises) between them."
     )
@@ -132,8 +136,8 @@ class Training(Closed):
     )
     tau: float | None = Field(
         None,
-        gt=0,
-        le=1e3,
+        ge=COLDEST,
+        le=HOTTEST,
         description="Temperature of the relational terms; null: 1, or the curriculum's.",
     )
     curriculum: Curriculum | None = Field(

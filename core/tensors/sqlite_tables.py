@@ -95,8 +95,9 @@ def open_tables(path: Path, known: Mapping[str, Columns]) -> Iterator[Tables]:
         with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as database:
             _confine(database, size_bytes)
             yield Tables(database, known, size_bytes=size_bytes)
-    except sqlite3.Error as error:
-        raise DataInvalid(f"the database is truncated or damaged ({error})") from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        # Python cannot decode a message of SQLite's that quotes a damaged schema.
+        raise DataInvalid(f"the database {path.name} is truncated or damaged ({error})") from error
 
 
 def _check_pages(path: Path, size_bytes: int) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.source_documents import document, seeds
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "examples" / "source_documents"
-FOUND = sorted((ROOT.parent / "shared" / "seeds").glob("004*"))
+FOUND = document("004")
 ROWS = 100
 BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GIVEN = {
@@ -26,7 +28,9 @@ GIVEN = {
 }
 """What the document's fragments take as given, with its widths."""
 
-needs_document = pytest.mark.skipif(not FOUND, reason="document 004 lies beside the checkout only")
+needs_document = pytest.mark.skipif(
+    FOUND is None, reason="document 004 lies beside the checkout only"
+)
 
 
 @pytest.fixture
@@ -47,10 +51,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
+def text() -> str:
+    assert FOUND is not None
+    return FOUND.read_text(encoding="utf-8")
+
+
 def sections() -> list[tuple[str, list[tuple[str, str | None]]]]:
     """Return (title, blocks) of each section; a block is its code and the output printed after."""
     made = []
-    for part in re.split(r"^## ", FOUND[0].read_text(encoding="utf-8"), flags=re.MULTILINE):
+    for part in re.split(r"^## ", text(), flags=re.MULTILINE):
         blocks: list[tuple[str, str | None]] = []
         for language, content in BLOCK.findall(part):
             if language:
@@ -118,11 +127,18 @@ def test_its_training_example_learns(folder: Path) -> None:
 def test_every_name_that_it_imports_is_there(folder: Path) -> None:
     import atlas.training
 
-    text = FOUND[0].read_text(encoding="utf-8")
-    imports = re.findall(r"^from atlas\.training import (?:\(([^)]*)\)|([^\n(]*))$", text, re.M)
+    imports = re.findall(r"^from atlas\.training import (?:\(([^)]*)\)|([^\n(]*))$", text(), re.M)
     names = {name.strip() for pair in imports for part in pair for name in part.split(",")} - {""}
     assert len(names) >= 9
     assert names <= set(atlas.training.__all__)
+
+
+def test_the_documents_are_found_beside_any_parent_of_the_checkout(tmp_path: Path) -> None:
+    checkout = tmp_path / "a" / "b" / "checkout"
+    checkout.mkdir(parents=True)
+    (tmp_path / "shared" / "seeds").mkdir(parents=True)
+    assert seeds(checkout / "tests" / "any.py") == tmp_path / "shared" / "seeds"
+    assert seeds(Path("/any.py")) in (None, Path("/shared/seeds"))
 
 
 def test_a_training_script_of_ones_own_runs(folder: Path) -> None:

@@ -29,9 +29,9 @@ from core.specs.architectures import covering_architecture, optimal_architecture
 from core.tensors.lda import LDA
 from core.tensors.lda_db import save_lda_db
 from scripts.test_transformer_distillation import main
+from tests.source_documents import FOLDER, document
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = next((p / "shared/seeds" for p in ROOT.parents if (p / "shared/seeds").is_dir()), None)
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="the source documents are not beside here")
 WIDTH, HEADS = 384, 18
 OURS: dict[str, Callable[..., Any]] = {
@@ -44,8 +44,8 @@ CLOSE = {"rel": 1e-5, "abs": 1e-6}
 
 
 def text(number: str) -> str:
-    assert FOLDER is not None
-    [path] = FOLDER.glob(f"{number}_*.txt")
+    path = document(number)
+    assert path is not None
     return path.read_text()
 
 

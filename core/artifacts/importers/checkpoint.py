@@ -65,7 +65,12 @@ def _wanted(found: Any) -> tuple[dict[str, Any], list[str]]:
             f"[rows, dim], and optional {', '.join(embeddings.OPTIONAL)}, {MODEL}"
         )
     fields = (embeddings.NEEDED, *embeddings.OPTIONAL)
-    values = {name: found[name] for name in fields if found.get(name) is not None}
+    there = (name for name in fields if name in found)
+    values = {
+        name: found[name]
+        for name in there
+        if not (found[name] is None and name in embeddings.OPTIONAL)
+    }
     for name in (embeddings.NEEDED, "inputs"):
         if name in values and not isinstance(values[name], StoredTensor | np.ndarray):
             what = type(values[name]).__name__

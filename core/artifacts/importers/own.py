@@ -12,6 +12,7 @@ from core.errors import DataInvalid, TooLarge
 from core.tensors import shards
 from core.tensors.formats import load_federated, save_federated
 from core.tensors.lda import load_lda, save_lda
+from core.tensors.manifests import shown
 from core.tensors.npy import check_shape
 
 _ITEM_BYTES = {"F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4,
@@ -33,8 +34,10 @@ def from_file(
     """
     names = check_header(source, limits=limits)
     told = shards.load_manifest(source).get("format")
-    if told in _OURS:
-        return str(told), *_OURS[str(told)](source, target)
+    if told is not None and not isinstance(told, str):
+        raise DataInvalid(f"manifest: format is {shown(told)}; needed a name such as 'pairs'")
+    if isinstance(told, str) and told in _OURS:
+        return told, *_OURS[told](source, target)
     for what, format_name in caches.FORMATS.items():
         if told == format_name:
             return caches.from_tensors(source, target, what=what, limits=limits)

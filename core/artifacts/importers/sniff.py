@@ -24,7 +24,8 @@ ALLOWED = (
     ".safetensors with embeddings; .zip, .tar or "
     ".tar.gz with NAME.pkl and its folder NAME/; .npz with bivectors, with targets, or with "
     "planes; .npz with query_embeddings, query_cluster and answer_embeddings; an lda.db; a "
-    "federated_model, lda_model, codebook, bivectors_cache or targets_cache .safetensors"
+    "federated_model, lda_model, embeddings, codebook, bivectors_cache or targets_cache "
+    ".safetensors"
 )
 
 
@@ -90,7 +91,15 @@ def _is_text(head: bytes) -> bool:
     return all(byte >= 32 or byte in b"\t\n\r" for byte in head)
 
 
+_TORCH_NUMBER = b"\x8a\n" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+"""The pickled number that torch wrote first before a checkpoint was a zip."""
+
 _REFUSED: tuple[tuple[Callable[[bytes], bool], str], ...] = (
+    (
+        lambda head: head[:1] == b"\x80" and _TORCH_NUMBER in head[:32],
+        "a PyTorch checkpoint of the old format, which is no zip: save it again with torch.save of "
+        "PyTorch 1.6 or newer",
+    ),
     (
         lambda head: (
             (head[:1] == b"\x80" and head[1:2] <= b"\x05")

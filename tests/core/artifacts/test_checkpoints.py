@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import struct
 import subprocess
 import sys
@@ -209,6 +210,7 @@ def test_pairs_stay_pairs(here: Reader) -> None:
         ([VECTORS], "holds a list; needed a dict"),
         (torch.nn.Linear(6, 2).state_dict(), "holds 'weight', 'bias'; needed"),
         ({"embeddings": [[1.0, 2.0]]}, "embeddings: a list; needed a tensor"),
+        ({"embeddings": None}, "embeddings: a NoneType; needed a tensor"),
         ({"embeddings": VECTORS, "inputs": "x"}, "inputs: a str; needed a tensor"),
         ({"embeddings": VECTORS[0]}, r"embeddings: shape \[6\]"),
         ({"embeddings": torch.ones(4, 6, dtype=torch.int64)}, "embeddings: dtype int64"),
@@ -236,6 +238,19 @@ def test_what_is_no_checkpoint_of_embeddings_is_named(
 
 
 SOUND = saved({"embeddings": VECTORS})
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_an_old_checkpoint_is_told_as_one(here: Reader, protocol: int) -> None:
+    old = {"_use_new_zipfile_serialization": False, "pickle_protocol": protocol}
+    with pytest.raises(DataInvalid, match=r"a PyTorch checkpoint of the old format, .*; allowed: "):
+        here(saved({"embeddings": VECTORS}, **old))
+
+
+def test_a_bare_pickle_is_told_what_is_allowed(here: Reader) -> None:
+    told = r"a bare \.pkl.* a federated_model, lda_model, embeddings, codebook"
+    with pytest.raises(DataInvalid, match=told):
+        here(pickle.dumps({"embeddings": VECTORS.numpy()}, 2))
 
 
 @pytest.mark.parametrize(

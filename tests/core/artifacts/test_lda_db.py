@@ -1,5 +1,6 @@
 """Uploaded LDA teachers: sound ones come in, hostile databases are refused and run nothing."""
 
+import random
 import sqlite3
 import tempfile
 from contextlib import closing
@@ -184,6 +185,33 @@ def test_any_mutation_gives_a_model_or_our_error(
         except StillroomError:
             return
         check_lda(load_lda(found.path))
+
+
+def test_of_damaged_databases_nothing_but_data_invalid_comes(tmp_path: Path) -> None:
+    """Most bytes are changed in the schema, whose words SQLite puts into its own messages."""
+    path, chance, refused = tmp_path / "lda.db", random.Random(0), 0
+    for turn in range(800):
+        data = bytearray(SOUND["maps" if turn % 2 else "answers"])
+        end = 4096 if turn % 4 else len(data)
+        for _ in range(chance.randint(1, 8)):
+            data[chance.randrange(100, end)] = chance.randrange(256)
+        path.write_bytes(data)
+        try:
+            load_lda_db(path)
+        except DataInvalid:
+            refused += 1
+    assert refused > 300
+
+
+def test_a_schema_that_is_no_text_is_told_as_damage(tmp_path: Path) -> None:
+    path, row = tmp_path / "lda.db", b"tableheadsheads"
+    data = database()
+    assert row in data
+    path.write_bytes(
+        data.replace(row, b"tableh\xff\xfedsheads").replace(b"E heads (", b"E heads  ")
+    )
+    with pytest.raises(DataInvalid, match=r"database lda\.db is truncated or damaged \(.*decode"):
+        load_lda_db(path)
 
 
 QUESTIONS = {

@@ -56,7 +56,7 @@ def test_a_model_of_ours_comes_back_byte_for_byte(rewrite: Rewrite, sandboxed: R
 
 
 WRONG: dict[str, list[Any]] = {
-    "format": ["pairs", None, 1],
+    "format": ["pairs", None, 1, [1], {"a": 1}],
     "version": [2, 0, True, 1.0, "1", None, ...],
     "pairs": ["\ud800", {"a": 1}, 2**70, "A" * 64, "a" * 63, "a" * 64 + "\n", [], True, ""],
     "temperature": [0, -1, 1e300, 2**200, True, "0.1", None, [], {}, ...],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +100,13 @@ def changed(at: Any, value: float) -> torch.Tensor:
     return vectors
 
 
+EXPANDED = torch.zeros(1, 1).expand(10**7, 10**6)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    QUANTISED = torch.quantize_per_tensor(VECTORS, 0.1, 0, torch.qint8)
+    NESTED = torch.nested.nested_tensor([VECTORS, VECTORS[:2]])
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -107,7 +117,26 @@ def changed(at: Any, value: float) -> torch.Tensor:
         ({"embeddings": [[1.0, 2.0]]}, "embeddings: a list; needed a tensor"),
         ({"embeddings": VECTORS[0]}, r"embeddings: shape \[16\]; needed"),
         ({"embeddings": VECTORS[:0]}, r"embeddings: shape \[0, 16\]"),
-        ({"embeddings": VECTORS.to_sparse()}, "needed dense"),
+        (
+            {"embeddings": VECTORS.to_sparse()},
+            "embeddings: of layout torch.sparse_coo; needed a dense",
+        ),
+        ({"embeddings": EXPANDED}, "embeddings: shape .* over 1 stored numbers, an expanded view"),
+        ({"embeddings": VECTORS.to("meta")}, "embeddings: a meta tensor"),
+        ({"embeddings": NESTED}, "embeddings: a nested tensor"),
+        ({"embeddings": VECTORS, "inputs": NESTED}, "inputs: a nested tensor"),
+        ({"embeddings": QUANTISED}, "embeddings: a quantised tensor"),
+        ({"embeddings": changed(1, 0.0)}, "embeddings: row 1 is all zeros"),
+        ({"embeddings": VECTORS, "inputs": changed(3, 0.0)}, "inputs: row 3 is all zeros"),
+        ({"embeddings": VECTORS, "ids": ["a", "b", "a", "c"]}, "ids: 'a' appears more than once"),
+        (
+            {"embeddings": VECTORS, "ids": torch.zeros(1, dtype=torch.int8).expand(10**12)},
+            "ids: shape .* an expanded view",
+        ),
+        (
+            {"embeddings": VECTORS, "model_state": {"w": VECTORS.to("meta")}},
+            "model_state: 'w' is a meta tensor",
+        ),
         ({"embeddings": torch.ones(4, 16, dtype=torch.int64)}, "embeddings: dtype torch.int64"),
         ({"embeddings": torch.ones(4, 16, dtype=torch.complex64)}, "dtype torch.complex64"),
         ({"embeddings": changed((2, 1), torch.nan)}, "embeddings: row 2 holds NaN"),
@@ -188,6 +217,46 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataInvalid, match="not a checkpoint"):
         load_teacher_checkpoint(path)
+
+
+def test_a_pickle_cut_inside_a_number_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    pickled = pickle.dumps({"embeddings": 70_000}, 2)
+    assert b"J" in pickled, "BININT"
+    for write in (zipped(pickled[:-6]), lambda path: path.write_bytes(pickled[:-6])):
+        write(path)
+        with pytest.raises(DataInvalid, match=r"cut\.pt: not a checkpoint"):
+            load_teacher_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped_file", [True, False])
+def test_of_damaged_files_nothing_but_data_invalid_comes(
+    tmp_path: Path, *, zipped_file: bool
+) -> None:
+    path, chance, out = tmp_path / "damaged.pt", random.Random(0), io.BytesIO()
+    content = {"embeddings": VECTORS, "ids": [*"abcd"], "epoch": 70_000}
+    torch.save(content, out, _use_new_zipfile_serialization=zipped_file)
+    refused = 0
+    for turn in range(500):
+        data = bytearray(out.getvalue())
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(min(len(data), 700))] = chance.randrange(256)
+        path.write_bytes(data if turn % 3 else data[: chance.randrange(len(data))])
+        try:
+            load_teacher_checkpoint(path)
+        except DataInvalid:
+            refused += 1
+    assert refused > 300
+
+
+@pytest.mark.parametrize("name", ["os.system, protocol 0", "posix.system", "eval"])
+def test_what_a_hostile_pickle_asks_for_is_named(tmp_path: Path, name: str) -> None:
+    path, evil = tmp_path / "evil.pt", hostile_pickles.armed(str(tmp_path / "executed"))[name]
+    asked = {"eval": "eval", "posix.system": "posix.system"}.get(name, "os.system")
+    for write in (zipped(evil), lambda path: path.write_bytes(evil)):
+        write(path)
+        with pytest.raises(DataInvalid, match=rf"\(no code is run\): it names {asked}$"):
+            load_teacher_checkpoint(path)
 
 
 def test_a_whole_module_is_code_and_refused(tmp_path: Path) -> None:

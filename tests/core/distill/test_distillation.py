@@ -27,13 +27,36 @@ from core.errors import DataInvalid, SpecInvalid
 from core.specs.distillation import CURRICULUM_CONFIG
 from tests.core.distill.test_relational import normal
 
+EXTREME = [1e200, 10**400, 1e-310, 9e-7, 1001, math.inf, True]
+
+
+def test_a_number_of_more_digits_than_python_writes_is_refused() -> None:
+    with pytest.raises(SpecInvalid, match="tau a whole number of over 30 digits; allowed"):
+        distill_loss(normal(4, 5), normal(4, 5), 10**5000)
+    with pytest.raises(DataInvalid, match="a int a whole number of over 30 digits; needed"):
+        combined_distill_loss(normal(4, 5), normal(4, 5), 10**5000)
+
+
+@pytest.mark.parametrize("tau", [1e-6, 1e3])
+def test_the_extreme_temperatures_give_finite_losses(tau: float) -> None:
+    student, teacher = normal(8, 5).requires_grad_(), normal(8, 5, seed=1)
+    for loss in (
+        distill_loss(student, teacher, tau, method="relational_kl"),
+        relational.neighbour_kl(student, teacher, tau=tau),
+        kl_distill_loss(student, teacher, tau),
+    ):
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
 
 def test_equal_widths_are_compared_by_their_cosines() -> None:
     student, teacher = normal(7, 5), normal(7, 5, seed=1)
     wanted = (1 - torch.cosine_similarity(student.double(), teacher.double())).mean()
 
     assert distill_loss(student, teacher).item() == pytest.approx(wanted.item(), rel=1e-6)
-    assert distill_loss(student, 3 * student).item() == pytest.approx(0, abs=1e-6)
+    for scale in (1, 3, 0.1):
+        assert 0 <= distill_loss(student, scale * student).item() < 1e-13
     assert distill_loss(student, -student).item() == pytest.approx(2)
     assert distill_loss(student, teacher, tau=4.0) == distill_loss(student, teacher, tau=0.5)
     assert distill_loss(student[:1], teacher[:1]).isfinite(), "one row has an angle too"
@@ -87,7 +110,8 @@ def test_the_teacher_is_constant(method: Any) -> None:
     [
         ({"method": "cosine", "teacher_vec": normal(4, 9)}, DataInvalid, "5 wide beside .* 9"),
         ({"method": "euclid"}, SpecInvalid, "method 'euclid'; allowed: cosine, relational_kl"),
-        ({"tau": 0.0}, SpecInvalid, "tau 0.0; allowed: a finite number > 0"),
+        ({"tau": 0.0}, SpecInvalid, "tau 0.0; allowed: a number, 1e-06 to 1000"),
+        *(({"tau": tau}, SpecInvalid, "allowed: a number, 1e-06 to 1000") for tau in EXTREME),
         ({"tau": math.nan}, SpecInvalid, "tau nan"),
         ({"teacher_vec": normal(0, 5), "student_vec": normal(0, 5)}, DataInvalid, "0 rows"),
         ({"teacher_vec": normal(1, 9), "student_vec": normal(1, 5)}, DataInvalid, "at least 2"),
@@ -176,6 +200,7 @@ def test_gradients_of_logits_are_right_and_the_teacher_is_constant(direction: An
     ("arguments", "error", "told"),
     [
         ({"tau": -1}, SpecInvalid, "tau -1; allowed"),
+        *(({"tau": tau}, SpecInvalid, "allowed: a number, 1e-06 to 1000") for tau in EXTREME),
         (
             {"reduction": "batchmean"},
             SpecInvalid,
@@ -217,10 +242,21 @@ def test_what_is_no_weight_is_refused(alpha: Any) -> None:
         combined_distill_loss(normal(4, 5), normal(4, 9), 0.3, alpha)
 
 
-@pytest.mark.parametrize("other", [torch.ones(2), torch.tensor(1), None, "0.3", math.nan, True])
+OTHERS: list[Any] = [torch.ones(2), torch.tensor(1), None, "0.3", math.nan, True, 10**400]
+OTHERS += [torch.tensor(torch.nan), torch.tensor(-torch.inf)]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_what_is_no_reconstruction_loss_is_refused(other: Any) -> None:
-    with pytest.raises(DataInvalid, match=r"reconstruction_loss: .*; needed a floating scalar"):
+    with pytest.raises(
+        DataInvalid, match=r"reconstruction_loss: .*; needed a finite floating scalar"
+    ):
         combined_distill_loss(normal(4, 5), normal(4, 9), other, 0.5)
+    if other is not None:
+        with pytest.raises(DataInvalid, match=r"reconstruction_loss: .*; needed a finite"):
+            curriculum_distill_step(
+                normal(4, 5), normal(4, 9), 0, lambda stage: 1.0, reconstruction_loss=other
+            )
 
 
 def test_a_curriculum_step_is_the_loss_at_its_stages_temperature() -> None:
@@ -301,7 +337,9 @@ def test_printed_temperatures() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((0, 0.5, 5), "start_tau 0; allowed: a finite number > 0"),
+        ((0, 0.5, 5), "start_tau 0; allowed: a number, 1e-06 to 1000"),
+        ((1e-300, 1e300, 5, "exponential"), "start_tau 1e-300; allowed"),
+        ((4.0, 10**400, 5), "end_tau a whole number of over 30 digits; allowed"),
         ((4.0, math.nan, 5), "end_tau nan"),
         ((4.0, "x", 5), "end_tau 'x'"),
         ((4.0, 0.5, 0), "num_stages 0; allowed: a whole number from 1"),

@@ -227,6 +227,8 @@ ONES = torch.ones(3, 4)
         ({"answers": ONES / 0}, "answers: holds NaN or infinity"),
         ({"answers": ONES, "centroids": ONES * 0}, "centroids: row 0 is all zeros"),
         ({"answers": ONES, "centroids": ONES[0]}, r"centroids: shape \[4\]"),
+        ({"answers": ONES, "centroids": [[1.0]]}, "centroids: a list; needed a tensor"),
+        ({"maps": np.ones((3, 4, 4))}, "maps: a ndarray; needed a tensor"),
         ({"answers": ONES, "centroids": ONES.long()}, "centroids: torch.int64"),
         ({"answers": ONES, "temperature": 0.0}, "temperature: 0.0"),
         ({"answers": ONES, "temperature": float("nan")}, "temperature: nan"),

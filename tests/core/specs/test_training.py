@@ -73,13 +73,13 @@ def test_without_a_curriculum_there_is_the_one_temperature_that_is_told() -> Non
         ({"tau": 2.0, "curriculum": {}}, "tau 2 beside a curriculum"),
         ({"checkpoint_interval": 9, "curriculum": {}}, "checkpoint_interval 9 beside a curriculum"),
         ({"curriculum": {"stages": 0}}, "greater than or equal to 1"),
-        ({"curriculum": {"start_tau": 0}}, "greater than 0"),
+        ({"curriculum": {"start_tau": 0}}, "greater than or equal to 0.000001"),
         ({"curriculum": {"schedule": "step"}}, "'linear', 'exponential' or 'cosine'"),
         ({"curriculum": {"order": "hard_first"}}, "'shuffled' or 'easy_first'"),
         ({"batch_size": 4, "accumulate": 5}, "accumulate 5 of batch_size 4: a part needs a row"),
         ({"accumulate": 0}, "greater than or equal to 1"),
         ({"augment": 0, "augment_noise": 0.2}, "augment_noise 0.2 with augment 0"),
-        ({"tau": 0}, "greater than 0"),
+        ({"tau": 0}, "greater than or equal to 0.000001"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
