@@ -11,18 +11,17 @@ from pydantic import Field
 
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Metric, Produced, Stage
-from core.kinds._files import blocks, float_bytes, read_json, write_json
+from core.kinds._files import blocks, read_json, write_json
+from core.kinds._memory import check_held, rows_bytes, training_bytes
 from core.kinds._teacher import (
     ROWS_PER_BLOCK,
     load_teacher,
     target_block,
-    teacher_bytes,
     told_or_default,
 )
 from core.registry import LOSS_PLUGINS, names
 from core.specs.base import JobSpec, Reads, Reference
 from core.specs.loss_checks import check_losses
-from core.specs.losses import OF_BATCH
 from core.specs.sizes import Sizes
 from core.specs.students import Student, check_learns, check_router
 from core.specs.teachers import Teacher, parse_teacher
@@ -84,59 +83,10 @@ def train_chunks(spec: TrainingSpec, inputs: Mapping[str, Input]) -> int:
     return math.ceil(plan.total_steps / spec.training.checkpoint_interval)
 
 
-MOST_NUMBERS = 2**34
-"""That a student may hold: 64 GiB."""
-COPIES = 10
-"""Of a student in training, as measured on perceptrons of 72 MB.
-
-Weights, two moments of Adam, their average and the best are twice there while a chunk takes up
-what another left; the gradient finds room in what that leaves.
-"""
-EXPORTED = 12
-"""Copies of a student while its files are written; measured so."""
-
-
-def rows_bytes(model: Mapping[str, Any]) -> int:
-    """Return what the rows that students are trained on take.
-
-    The teacher; queries, also by its anchor, and targets with mixtures.
-    """
-    sizes = Sizes.of(model)
-    return teacher_bytes(model) + 7 * float_bytes(sizes.rows, max(sizes.dim, sizes.width))
-
-
-def needed_bytes(model: Mapping[str, Any], student: Student, training: Training) -> int:
-    """Return about what training a student over a model takes, rather too much.
-
-    The rows, the copies of the student, what the gradient keeps of a part of a batch, and where
-    rows of a part are compared some six float64 matrices of it.
-    """
-    sizes = Sizes.of(model)
-    part = math.ceil(training.batch_size / training.accumulate)
-    pairs = 6 * 2 * float_bytes(part, part) if _relates(student, sizes, training) else 0
-    batch = float_bytes(part, student.units(sizes)) + pairs
-    return rows_bytes(model) + _held_bytes(student, sizes, COPIES) + batch
-
-
-def export_bytes(model: Mapping[str, Any], student: Student) -> int:
-    """Return about what writing a trained student's files takes: its state and the files."""
-    return _held_bytes(student, Sizes.of(model), EXPORTED)
-
-
-def _held_bytes(student: Student, sizes: Sizes, copies: int) -> int:
-    """Return what so many copies of a student take; of what has no moments half as many."""
-    copied = student.copied(sizes)
-    return float_bytes(copies, student.parameters(sizes) - copied) + float_bytes(
-        copies // 2, copied
-    )
-
-
-def _relates(student: Student, sizes: Sizes, training: Training) -> bool:
-    """Whether a term of the loss compares the rows of a batch; one of the user's own may."""
-    weights = training.losses.weights(
-        student.compares(sizes), routes=student.routes(), decodes=student.decodes()
-    )
-    return bool((OF_BATCH | set(training.losses.custom)) & set(weights))
+def needed_bytes(spec: TrainingSpec, student: Student, inputs: Mapping[str, Input]) -> int:
+    """Return about what training a student takes, rather too much."""
+    answers_new = told_teacher(spec, inputs).answers_new
+    return training_bytes(inputs["model"].meta, student, spec.training, answers_new=answers_new)
 
 
 def targets_stage(spec: TrainingSpec, inputs: Mapping[str, Input]) -> Stage:
@@ -161,7 +111,7 @@ def check_student(spec: TrainingSpec, student: Student, inputs: Mapping[str, Inp
     sizes = Sizes.of(model.meta)
     check_learns(student, model.format)
     student.check_sizes(sizes)
-    _check_held(student, sizes)
+    check_held(student, sizes)
     told = told_teacher(spec, inputs)
     check_router(student, told)
     spec.training.check_teacher(answers_new=told.answers_new)
@@ -175,18 +125,6 @@ def check_student(spec: TrainingSpec, student: Student, inputs: Mapping[str, Inp
         )
     check_losses(spec.training, student, sizes)
     _check_custom(spec.training)
-
-
-def _check_held(student: Student, sizes: Sizes) -> None:
-    """Refuse a student that nothing here could hold."""
-    held = student.parameters(sizes)
-    if held > MOST_NUMBERS:
-        raise SpecInvalid(
-            f"student: '{student.name}' of these sizes holds {held} numbers, "
-            f"{float_bytes(held) / 2**30:.0f} GiB; allowed: at most {MOST_NUMBERS}, "
-            f"{float_bytes(MOST_NUMBERS) / 2**30:.0f} GiB",
-            pointer="/student",
-        )
 
 
 def _check_custom(training: Training) -> None:

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Stage
+from core.kinds._memory import export_bytes
 from core.kinds._training import (
     TrainingSpec,
     check_student,
     curves,
-    export_bytes,
     export_files,
     last_score,
     made_file,
@@ -62,7 +62,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     model = inputs["model"].meta
     check_student(spec, _planned(spec, inputs), inputs)
     student = _on_codebook(spec, inputs)
-    needed = needed_bytes(model, student, spec.training)
+    needed = needed_bytes(spec, student, inputs)
     return [
         targets_stage(spec, inputs),
         Stage("train", train_chunks(spec, inputs), "chained", memory_bytes=needed),

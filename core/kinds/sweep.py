@@ -10,13 +10,13 @@ from pydantic import Field, model_validator
 
 from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
+from core.kinds._memory import export_bytes
 from core.kinds._training import (
     TrainingSpec,
     check_student,
     curves,
     data_of,
     epoch_chunks,
-    export_bytes,
     export_files,
     last_score,
     made_file,
@@ -88,7 +88,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """
     variants, model = spec.variants(), inputs["model"].meta
     _check_variants(spec, variants, inputs)
-    needed = max(needed_bytes(model, each.student, spec.training) for each in variants)
+    needed = max(needed_bytes(spec, each.student, inputs) for each in variants)
     wide = max(export_bytes(model, each.student) for each in variants)
     rounds = [Stage(_round(number), len(variants), memory_bytes=needed) for number in _rounds(spec)]
     return [

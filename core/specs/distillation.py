@@ -51,7 +51,7 @@ class DistillationConfig(Closed):
     )
     epochs: int = Field(10, ge=1, le=100_000, description="Of every stage.")
     batch_size: int = Field(
-        32, ge=2, le=65_536, description="Rows; relations are between the rows of a batch."
+        32, ge=3, le=65_536, description="Rows; relations are between the rows of a batch."
     )
     learning_rate: float = Field(1e-4, gt=0, le=10)
 

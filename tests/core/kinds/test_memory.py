@@ -39,13 +39,20 @@ def test_training_a_wide_student_declares_what_it_was_measured_to_take() -> None
 
 
 def test_batches_count_by_their_parts_and_by_what_compares_rows() -> None:
-    large = {"batch_size": 16_384, "warmup_steps": 0}
-    whole = stages_of(None, training=large)["train"]
-    parts = stages_of(None, training={**large, "accumulate": 16})["train"]
+    many = Input(MODEL, "embeddings", {**EMBEDDINGS.meta, "rows": 20_000, "all_rows": 24_000})
+
+    def train(student: dict[str, Any] | None, model: Input = many, **told: Any) -> int:
+        training = {"batch_size": 16_384, "warmup_steps": 0, **told}
+        return int(stages_of(student, model, training=training)["train"])
+
+    whole, parts = train(None), train(None, accumulate=16)
     assert whole - parts > 6 * 8 * (16_384**2 - 1024**2), "neighbour_kl compares every two rows"
-    alone = stages_of({"name": "linear"}, training=large)["train"]
-    compared = stages_of({"name": "linear"}, training={**large, "losses": {"gram": 1}})["train"]
+    alone, compared = train({"name": "linear"}), train({"name": "linear"}, losses={"gram": 1})
     assert compared - alone == 6 * 8 * 16_384**2
+    few = train(None, EMBEDDINGS)
+    assert few == train(None, EMBEDDINGS, batch_size=1000), (
+        "a batch has no more rows than there are"
+    )
 
 
 def test_planes_of_a_codebook_count() -> None:
