@@ -253,8 +253,7 @@ class Hierarchical(Plain):
         ge=0,
         le=10,
         description="Length of the noise on a training query, of its own; the teacher's side has "
-        "none. Without it a narrow code learns its training rows by heart (recall of held-out "
-        "neighbours on WordNet 0.13 against 0.21).",
+        "none. Without it a narrow code learns its training rows by heart.",
     )
     decoder: int = Field(
         256,
