@@ -1,0 +1,1 @@
+"""One file a family: the constant FAMILY at its end is its table."""
