@@ -37,7 +37,7 @@ class Capture(Closed):
         "token", description="Whether every token counts alike, or every text."
     )
     drop_bos: bool = Field(
-        True, description="Leave out the first token, whose state is that of no text."
+        default=True, description="Leave out the first token, whose state is that of no text."
     )
     drop_massive: float | None = Field(
         20.0,
@@ -47,7 +47,8 @@ class Capture(Closed):
         "times as long as the median of its text; null: none.",
     )
     raw: bool = Field(
-        False, description="Also keep the paired states themselves, with a JSON beside each shard."
+        default=False,
+        description="Also keep the paired states themselves, with a JSON beside each shard.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What the models compute in; auto: float32 on a CPU, else as stored."
@@ -64,8 +65,8 @@ class Capture(Closed):
 class Permute(Closed):
     """Heads and SwiGLU neurons are put in the teacher's order before anything is rotated."""
 
-    heads: bool = Field(True, description="By attention maps, KV group by KV group.")
-    neurons: bool = Field(True, description="By the correlation of activations.")
+    heads: bool = Field(default=True, description="By attention maps, KV group by KV group.")
+    neurons: bool = Field(default=True, description="By the correlation of activations.")
     layers: Literal["all", "every_other"] | tuple[Layer, ...] = Field(
         "all", description="Of the student; statistics are kept for these alone."
     )
@@ -90,10 +91,11 @@ class Rotate(Closed):
         "cross-moment (PLS-SVD).",
     )
     centre: bool = Field(
-        False, description="Take the means out of the fit; what is folded turns them all the same."
+        default=False,
+        description="Take the means out of the fit; what is folded turns them all the same.",
     )
     whiten: bool = Field(
-        False,
+        default=False,
         description="The document's z-score before the fit. Undone, its map is no rotation: it is "
         "reported, and cannot be folded.",
     )
@@ -158,7 +160,7 @@ class Gates(Closed):
         "where weights are of 16 bits.",
     )
     improves: bool = Field(
-        True,
+        default=True,
         description="Held-out cosine after the rotation must be above that before it and above "
         "both nulls (shuffled pairs, the mean alone), over all sites.",
     )
