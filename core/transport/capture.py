@@ -55,7 +55,6 @@ def capture(
     options: Capture,
     layer_map: Sequence[int],
     permute: Permute | None,
-    device: torch.device,
     report: Report,
     keep: Keep | None = None,
 ) -> Captured:
@@ -63,8 +62,9 @@ def capture(
 
     Rows are x / sqrt(mean(x^2) + eps). A row whose residual stream, before the norm, is in either
     model longer than ``drop_massive`` times the median of its text's paired rows counts 0 at that
-    site (of a span average the length is that of its last row). With ``token_weights: text`` the rows of a text that are left count 1 together.
-    Products are of at most 4,096 rows in float32, added in float64.
+    site (the length beside a span average is that of its last row). With ``token_weights: text``
+    the rows of a text that are left count 1 together. Products are of at most 4,096 rows in
+    float32, on the student's first device, where the sums are kept in float64.
 
     Args:
         student: in evaluation mode; with eager attention where heads are permuted.
@@ -73,14 +73,13 @@ def capture(
         options: ``batch_tokens``, ``drop_massive``, ``token_weights``.
         layer_map: [layers of the student], the teacher's layer beside each.
         permute: whose statistics are summed too; None: none.
-        device: where rows are multiplied and sums are kept.
         report: tokens done and to do.
         keep: is given every paired row, where they are wanted.
 
     Raises:
         DataInvalid: no text has a paired row, or a model's stream is not finite.
     """
-    run = _Run(student, teacher, options, tuple(layer_map), permute, device)
+    run = _Run(student, teacher, options, tuple(layer_map), permute)
     batches = [
         make_batch(pairs, numbers)
         for numbers in plan_batches(pairs, batch_tokens=options.batch_tokens)
@@ -154,16 +153,15 @@ class _Run:
         options: Capture,
         layer_map: tuple[int, ...],
         permute: Permute | None,
-        device: torch.device,
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.options, self.device = options, device
+        self.options, self.device = options, first_device(student)
         shape, other = shape_of(student), shape_of(teacher)
         if len(layer_map) != shape.layers or not all(0 <= at < other.layers for at in layer_map):
             raise ValueError(
                 f"layer_map {list(layer_map)}; needed {shape.layers} numbers below {other.layers}"
             )
-        self.sums = Captured.zeros(shape, other, permute=permute, device=device)
+        self.sums = Captured.zeros(shape, other, permute=permute, device=self.device)
         self.sites = sites(shape)
         self.beside: dict[str, list[str]] = {}
         """The student's sites beside each of the teacher's: depths may differ."""
@@ -312,9 +310,7 @@ class Table:
 
     def median(self, values: Tensor) -> Tensor:
         """Return per row [P] the (lower) median of its text's values [P]."""
-        table = torch.full(
-            self.filled.shape, torch.inf, dtype=values.dtype, device=values.device
-        )
+        table = torch.full(self.filled.shape, torch.inf, dtype=values.dtype, device=values.device)
         table[self.filled] = values
         found = table.sort(dim=1).values.gather(1, self.middle[:, None])
         return found[self.text, 0]
