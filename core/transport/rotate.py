@@ -280,7 +280,7 @@ def _score(turn: Turn, frames: Frames, on: Pooled, scores: _Scores | None) -> fl
         matrix, cross = scores.undo(_lift(frames, turn)), on.xy
         mapped = float((matrix.mT @ on.xx @ matrix).trace())
     lengths: float = (mapped * float(on.yy.trace())) ** 0.5
-    return float((matrix * cross).sum()) / lengths
+    return float((matrix * cross).sum()) / lengths if lengths > 0 else 0.0
 
 
 def _lift(frames: Frames, turn: Turn) -> Tensor:
