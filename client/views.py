@@ -162,6 +162,24 @@ class StageEstimate(TypedDict):
     seconds_per_chunk: float | None
 
 
+class StageCost(TypedDict):
+    """Of all chunks of a stage together."""
+
+    stage: str
+    operations: float
+    read_bytes: float
+    written_bytes: float
+    seconds: float
+
+
+class Cost(TypedDict):
+    """What a job would take by counting."""
+
+    stages: list[StageCost]
+    passes: dict[str, int]
+    assumes: dict[str, str]
+
+
 class Estimate(TypedDict):
     """What a job would take; None where that is not known."""
 
@@ -177,6 +195,7 @@ class Estimate(TypedDict):
     waits_for: str | None
     queue_position: int | None
     predicted_start_at: str | None
+    cost: Cost | None
 
 
 class Running(TypedDict):

@@ -28,6 +28,24 @@ class StageEstimateView(View):
     )
 
 
+class StageCostView(View):
+    """Of all chunks of a stage together."""
+
+    stage: str
+    operations: float = Field(description="Of floating-point numbers.")
+    read_bytes: float
+    written_bytes: float
+    seconds: float = Field(description="On one device, at the rates that `assumes` tells.")
+
+
+class CostView(View):
+    """What a job would take by counting, whatever was run before."""
+
+    stages: list[StageCostView]
+    passes: dict[str, int] = Field(description="Forward passes by model, in tokens.")
+    assumes: dict[str, str] = Field(description="What the seconds rest on.")
+
+
 class EstimateView(View):
     """What is known of a job before it is submitted; null where nothing is."""
 
@@ -47,6 +65,10 @@ class EstimateView(View):
     waits_for: str | None = Field(description="Why it would not run at once.")
     queue_position: int | None = Field(description="It would have in its project's queue.")
     predicted_start_at: datetime | None = Field(description="A guess; null where none is made.")
+    cost: CostView | None = Field(
+        description="Counted from the inputs' sizes; null where the kind cannot, or an input is "
+        "yet to be made."
+    )
 
 
 @router.post("/estimate", summary="Estimate a job")

@@ -24,7 +24,7 @@ from client.session import (
     screen,
     session,
 )
-from client.views import Estimate, KindView, StageEstimate
+from client.views import Cost, Estimate, KindView, StageCost, StageEstimate
 
 SHARED_HELP = "Objects and lists: --set training.epochs=5, --set 'list=[1, 2]'. May be repeated."
 
@@ -253,9 +253,30 @@ def _estimated(found: Estimate) -> list[tuple[str, str]]:
         ("chunks", str(found["chunks"] or "")),
         ("device time", f"{render.duration(seconds)}: " if seconds is not None else "unknown: "),
         ("from cache", f"{hits} files: " if hits is not None else "unknown: "),
+        *_counted(found["cost"]),
     ]
     why = {"device time": found["device_seconds_from"], "from cache": found["cache_hits_from"]}
     return [(key, value + why.get(key, "")) for key, value in facts if value]
+
+
+def _counted(cost: Cost | None) -> list[tuple[str, str]]:
+    """List what a kind counts before it runs: stage by stage, in all, and what that rests on."""
+    if cost is None:
+        return []
+    lines = [("counted", _stage_cost(stage)) for stage in cost["stages"]]
+    total = sum(stage["seconds"] for stage in cost["stages"])
+    lines.append(("in all", f"{render.duration(total)} of one device"))
+    lines += [("passes", f"{model}: {tokens:,} tokens") for model, tokens in cost["passes"].items()]
+    return lines + [("assumes", f"{what}: {rate}") for what, rate in cost["assumes"].items()]
+
+
+def _stage_cost(stage: StageCost) -> str:
+    return (
+        f"{stage['stage']}: {stage['operations']:.2g} operations, "
+        f"{render.size(int(stage['read_bytes']))} read, "
+        f"{render.size(int(stage['written_bytes']))} written, "
+        f"{render.duration(stage['seconds'])}"
+    )
 
 
 def _stage(stage: StageEstimate) -> str:

@@ -30,6 +30,8 @@ class Limits:
     ratio_floor_bytes: int = 64 * MIB
     header_bytes: int = 8 * MIB
     """Of a .safetensors header."""
+    line_bytes: int = 4 * MIB
+    """Of one line of a text file."""
     pickle_bytes: int = 512 * MIB
     pickle_opcodes: int = 10_000_000
     pickle_depth: int = 32

@@ -29,6 +29,11 @@ _START = (
     "import sys; sys.path.append(sys.argv[1]); "
     "from core.artifacts.sandbox_main import main; main(sys.argv[2])"
 )
+_ENDINGS = (
+    *(".gz", ".tar", ".tgz", ".zip", ".npz", ".db", ".pt", ".pth"),
+    *(".jsonl", ".ndjson", ".tsv", ".safetensors"),
+)
+"""What a file's name loses once it is in canonical form."""
 _MOST_ANSWER_BYTES = 4 * MIB
 _ANSWER = {"format", "meta", "notes"}
 
@@ -40,7 +45,7 @@ class Imported:
     path: Path
     """In the working folder, under a made-up name."""
     format: str
-    """``pairs``, ``embeddings``, ``federated_model``, ``lda_model``, ``codebook``,
+    """``pairs``, ``embeddings``, ``federated_model``, ``lda_model``, ``codebook``, ``prompts``,
     ``bivectors_cache`` or ``targets_cache``."""
     file_name: str
     """The name a person gets when downloading; never part of a path."""
@@ -86,7 +91,7 @@ def canonical_name(file_name: str) -> str:
     """Return a harmless display name: the last part, printable, ending in .safetensors."""
     last = PurePosixPath(file_name.replace("\\", "/")).name
     shown = "".join(letter for letter in last if letter.isprintable())
-    for ending in (".gz", ".tar", ".tgz", ".zip", ".npz", ".db", ".pt", ".pth", ".safetensors"):
+    for ending in _ENDINGS:
         shown = shown.removesuffix(ending)
     return f"{shown.strip('. ')[:150] or 'imported'}.safetensors"
 

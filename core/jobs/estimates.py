@@ -16,7 +16,7 @@ from core.db.models import CacheEntry, Chunk, Job, JobInput, Output, Worker
 from core.jobs import planning, pool, service, waiting
 from core.jobs.shares import Fairness
 from core.jobs.states import ChunkState, JobState
-from core.kinds._base import Stage
+from core.kinds._base import Cost, Stage
 from core.specs.base import JobSpec, inputs_of
 
 HISTORY = 5
@@ -63,6 +63,8 @@ class Estimate:
     waits_for: str | None
     queue_position: int | None
     predicted_start_at: datetime | None
+    cost: Cost | None = None
+    """By counting, where the kind can; device_seconds are by what was run before."""
 
 
 def estimate(
@@ -78,13 +80,19 @@ def estimate(
         stages: Sequence[Stage] = ()
         if job.state == JobState.QUEUED:
             stages = planning.plan(session, job, spec, now=now, trial=True)
-        found = _look(session, job, stages, now=now, fairness=fairness)
+        found = _look(session, job, spec, stages, now=now, fairness=fairness)
         trial.rollback()
     return found
 
 
 def _look(
-    session: Session, job: Job, planned: Sequence[Stage], *, now: datetime, fairness: Fairness
+    session: Session,
+    job: Job,
+    spec: JobSpec,
+    planned: Sequence[Stage],
+    *,
+    now: datetime,
+    fairness: Fairness,
 ) -> Estimate:
     ahead = waiting.Outlook(session, now=now, fairness=fairness).ahead(job)
     hits, hits_from = _cache_hits(session, job)
@@ -112,6 +120,7 @@ def _look(
         )
     stages, jobs = _timed(session, job, planned)
     seconds = _device_seconds(stages)
+    count = planning.kind_of(job).cost
     why_not = _why_not(session, stages, now=now)
     return Estimate(
         stages=stages,
@@ -121,6 +130,7 @@ def _look(
         device_seconds_from=_told(job.kind, jobs, known=seconds is not None),
         can_run=why_not is None,
         why_not=why_not,
+        cost=count and count(spec, planning.job_inputs(session, job.id)),
         **facts,
     )
 

@@ -90,6 +90,8 @@ class Chunk(Protocol):
     """Empty, private to this attempt, removed afterwards."""
     device: str
     """``cpu`` or ``cuda:0``."""
+    model_roots: Sequence[Path]
+    """The operator's folders of language models on this worker; nothing else on it is read."""
 
     def progress(self, done: float, total: float) -> None:
         """Tell how far the chunk is. Call it every few seconds at least.
@@ -117,6 +119,32 @@ class Chunk(Protocol):
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """Of all chunks of a stage together, counted before any of them runs."""
+
+    stage: str
+    operations: float
+    """Multiplications and additions of floating-point numbers."""
+    read_bytes: float
+    """From the store."""
+    written_bytes: float
+    """To the store."""
+    seconds: float
+    """On one device, at the rates that ``Cost.assumes`` tells."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job would take by its inputs' sizes alone, whatever was run before."""
+
+    stages: Sequence[StageCost]
+    passes: Mapping[str, int]
+    """Forward passes by model, in tokens."""
+    assumes: Mapping[str, str]
+    """What the seconds rest on, in words."""
+
+
+@dataclass(frozen=True)
 class Kind:
     """One sort of job. ``stages`` runs in the API: torch-free, from the inputs' meta alone."""
 
@@ -129,6 +157,8 @@ class Kind:
     """A spec that validates, shown in the docs."""
     outputs: Mapping[str, str] = field(default_factory=dict)
     """Name -> format of what a finished job may offer: a chain is checked when it is posted."""
+    cost: Callable[[Any, Mapping[str, Input]], Cost] | None = None
+    """Counts what a job would take; torch-free. None: only what was run before can tell."""
     timed: bool = False
     """Whether its files tell how long things took, so that no two runs make the same bytes."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.artifacts.importers import caches, codebook, embeddings, pairs
+from core.artifacts.importers import caches, codebook, embeddings, pairs, prompts
 from core.artifacts.limits import Limits
 from core.errors import DataInvalid, TooLarge
 from core.tensors import shards
@@ -49,7 +49,7 @@ def from_file(
     raise DataInvalid(
         f"the .safetensors holds {', '.join(sorted(names)[:12]) or 'nothing'}; needed pairs "
         "(query_embeddings, target_embeddings), embeddings, or a federated_model, lda_model, "
-        "codebook, bivectors_cache or targets_cache written by this service"
+        "codebook, prompts, bivectors_cache or targets_cache written by this service"
     )
 
 
@@ -70,6 +70,7 @@ _OURS: Mapping[str, Callable[[Path, Path], tuple[dict[str, Any], list[str]]]] = 
     "lda_model": _lda,
     "codebook": codebook.from_file,
     "embeddings": embeddings.from_file,
+    "prompts": prompts.from_file,
 }
 """Formats that this service writes, by the name in their manifest: what rewrites them."""
 

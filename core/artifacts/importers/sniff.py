@@ -15,6 +15,7 @@ from core.artifacts.importers import (
     lda_db,
     own,
     pairs,
+    prompts,
 )
 from core.artifacts.limits import Budget, Limits
 from core.errors import DataInvalid
@@ -24,8 +25,8 @@ ALLOWED = (
     ".safetensors with embeddings; .zip, .tar or "
     ".tar.gz with NAME.pkl and its folder NAME/; .npz with bivectors, with targets, or with "
     "planes; .npz with query_embeddings, query_cluster and answer_embeddings; an lda.db; a "
-    "federated_model, lda_model, embeddings, codebook, bivectors_cache or targets_cache "
-    ".safetensors"
+    "federated_model, lda_model, embeddings, codebook, prompts, bivectors_cache or targets_cache "
+    ".safetensors; prompts as JSON lines with 'text', or as a table with tabs and a column 'text'"
 )
 
 
@@ -57,6 +58,8 @@ def read(source: Path, target: Path, *, scratch: Path, limits: Limits) -> Read:
     if head.startswith(b"\x1f\x8b") or head[257:262] == b"ustar":
         members = archive.extract_tar(source, scratch, budget)
         return Read("federated_model", *federated.from_members(members, target, budget=budget))
+    if prompts.looks_like(head):
+        return Read("prompts", *prompts.from_text(source, target, budget=budget))
     for matches, what in _REFUSED:
         if matches(head):
             raise DataInvalid(f"{what}; {ALLOWED}")
@@ -115,6 +118,11 @@ _REFUSED: tuple[tuple[Callable[[bytes], bool], str], ...] = (
     ),
     (_starts(b"\x89HDF"), "an HDF5 file"),
     (_starts(b"PAR1"), "a Parquet file"),
-    (_is_text, "a text file, where arrays are needed"),
+    (_starts(b"\xff\xfe", b"\xfe\xff"), "text in UTF-16; save it as UTF-8"),
+    (
+        _is_text,
+        "a text file that is neither JSON lines nor a table with tabs and a column 'text' in its "
+        "first line",
+    ),
 )
 """Formats refused by name, in order."""

@@ -315,6 +315,32 @@ def tensors(marker: str) -> dict[str, bytes]:
     }
 
 
+def texts(marker: str) -> dict[str, bytes]:
+    """Return hostile prompts."""
+    line = b'{"text": "x"}\n'
+    told = {"format": "prompts", "version": 1}
+    return {
+        "prompts, too deep": b'{"text": ' + b"[" * 200_000,
+        "prompts, no text": b'{"id": "x"}\n',
+        "prompts, a list": line + b'["x"]\n',
+        "prompts, number of a million digits": b'{"text": "x", "id": ' + b"9" * 10**6 + b"}",
+        "prompts, code": line + f"__import__('os').system('touch {marker}')\n".encode(),
+        "prompts, half a character": b'{"text": "\\ud800"}\n',
+        "prompts, escapes": b'{"text": "\\u001b[2J"}\n',
+        "prompts, not UTF-8": b'{"text": "\xff"}\n',
+        "prompts, endless line": b'{"text": "' + b"x" * (5 << 20) + b'"}\n',
+        "prompts, id twice": b'{"text": "x", "id": 1}\n' * 2,
+        "prompts, key twice": b'{"text": "x", "text": "y"}\n',
+        "prompts, path as language": b'{"text": "x", "language": "../../etc"}\n',
+        "prompts, table without its cells": b"id\ttext\n1\n",
+        "prompts, table of one line": b"id\ttext\n",
+        "prompts, UTF-16": "id\ttext\n1\tx\n".encode("utf-16"),
+        "prompts, own without a tensor": tensor_file(
+            {"__metadata__": {"manifest": json.dumps(told)}, "texts": entry()}, EYE.tobytes()
+        ),
+    }
+
+
 def others(marker: str) -> dict[str, bytes]:
     """Return polyglots and files that are something else."""
     evil = pickle.dumps(Reduces(exec, f"open({marker!r}, 'w')"))

@@ -19,6 +19,7 @@ from core.tensors.formats import (
     load_pairs,
     save_pairs,
 )
+from core.tensors.prompts import check_prompts, load_prompts
 from tests.core.artifacts.conftest import read_here, read_sandboxed
 from tests.core.artifacts.federated_files import model, npz, tarred, zipped
 
@@ -46,6 +47,8 @@ SOUND = {
         {"query_embeddings": np.eye(3), "target_embeddings": np.eye(3), "ids": np.arange(3)},
         compressed=True,
     ),
+    "json lines": b'{"text": "a b", "id": 1}\n{"text": "\xc3\xa9", "id": "x", "split": "test"}\n',
+    "table": b"id\ttext\tlicence\nx\ta b\tMIT\ny\t\xc3\xa9\tMIT\n",
     "pairs": _own_pairs(),
     "model": _own_model(),
     "zip": zipped(model(clusters=2).files()),
@@ -64,6 +67,8 @@ def check(data: bytes) -> None:
             return
         if found.format == "pairs":
             check_pairs(load_pairs(found.path))
+        elif found.format == "prompts":
+            check_prompts(load_prompts(found.path))
         else:
             check_federated(load_federated(found.path))
 
@@ -76,6 +81,8 @@ MAGICS = st.sampled_from(
         b"\x80\x04",
         b"\x93NUMPY\x01\x00",
         b"\x40" + bytes(7) + b"{",
+        b'{"text": "',
+        b"text\n",
     ]
 )
 
@@ -157,4 +164,8 @@ def test_mutations_through_the_sandbox(name: str, changes: list[tuple[float, byt
 
 @pytest.mark.parametrize("name", SOUND)
 def test_the_unchanged_files_are_sound(name: str, tmp_path: Path) -> None:
-    assert read_here(SOUND[name], tmp_path, limits=LIMITS).format in ("pairs", "federated_model")
+    assert read_here(SOUND[name], tmp_path, limits=LIMITS).format in (
+        "pairs",
+        "prompts",
+        "federated_model",
+    )

@@ -49,6 +49,7 @@ def corpus(marker: str) -> dict[str, bytes]:
         **hostile_files.zips(marker),
         **hostile_files.tars(marker),
         **hostile_files.tensors(marker),
+        **hostile_files.texts(marker),
         **hostile_files.others(marker),
     }
 

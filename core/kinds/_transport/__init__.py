@@ -1,0 +1,1 @@
+"""The stages of a transport, a file each, and what they share."""

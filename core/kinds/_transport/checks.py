@@ -1,0 +1,102 @@
+"""What a transport refuses before any model is loaded: widths, layers, results of other models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.errors import SpecInvalid
+from core.kinds._transport.plan import Plan
+from core.transport import cost
+
+
+def check(plan: Plan) -> None:
+    """Refuse what does not fit, before any device has worked for it."""
+    spec, student, teacher = plan.spec, plan.student, plan.teacher
+    for name in ("student", "teacher"):
+        if plan.inputs[name].meta["adapters"]:
+            raise SpecInvalid(
+                f"{name}: its stream turns between layers (fold 'sliced'), so it has no one "
+                "basis; give a model without skip adapters",
+                pointer=f"/{name}",
+            )
+    if student.width != teacher.width and spec.fold.variant == "conjugate" and plan.folds:
+        raise SpecInvalid(
+            f"fold.variant 'conjugate' needs equal widths, and the student's is {student.width}, "
+            f"the teacher's {teacher.width}; allowed: global, sliced",
+            pointer="/fold/variant",
+        )
+    most = min(student.width, teacher.width)
+    if isinstance(spec.rotate.k, int) and spec.rotate.k > most:
+        raise SpecInvalid(
+            f"rotate.k {spec.rotate.k}: the smaller width is {most}; allowed: 1 to {most}",
+            pointer="/rotate/k",
+        )
+    _check_layers(plan)
+    _check_artifacts(plan)
+    prompts = plan.inputs["prompts"].meta
+    if prompts["prompts"] < 2:
+        raise SpecInvalid(
+            "prompts: 1 text; needed at least 2, one of them held out", pointer="/prompts"
+        )
+
+
+def _check_layers(plan: Plan) -> None:
+    spec, student, teacher = plan.spec, plan.student, plan.teacher
+    told = spec.capture.layer_map
+    if isinstance(told, tuple):
+        if len(told) != student.layers:
+            raise SpecInvalid(
+                f"capture.layer_map: {len(told)} layers for {student.layers} of the student; name "
+                "one of the teacher's for each",
+                pointer="/capture/layer_map",
+            )
+        _within(told, teacher.layers, "capture.layer_map", "/capture/layer_map")
+    _within(spec.evaluate.layers, student.layers, "evaluate.layers", "/evaluate/layers")
+    if plan.permute is not None and isinstance(plan.permute.layers, tuple):
+        _within(plan.permute.layers, student.layers, "permute.layers", "/permute/layers")
+
+
+def _within(layers: Sequence[int], count: int, name: str, pointer: str) -> None:
+    for layer in layers:
+        if layer >= count:
+            raise SpecInvalid(f"{name}: layer {layer}; allowed: 0 to {count - 1}", pointer=pointer)
+
+
+def _check_artifacts(plan: Plan) -> None:
+    """Refuse results of earlier stages that are of other models."""
+    for name in ("moments", "states", "permutations", "rotations"):
+        if name not in plan.inputs:
+            continue
+        of = plan.inputs[name].meta
+        for model in ("student", "teacher"):
+            if of[model] != plan.inputs[model].sha256:
+                raise SpecInvalid(
+                    f"{name}: of {model} {of[model][:12]}…, not {plan.inputs[model].sha256[:12]}…",
+                    pointer=f"/{name}",
+                )
+    if "moments" in plan.inputs:
+        _check_statistics(plan)
+    if "rotations" in plan.inputs and plan.spec.fold.variant == "global":
+        tie = plan.inputs["rotations"].meta["tie"]
+        if tie != "global" and plan.folds:
+            raise SpecInvalid(
+                f"rotations: tied by {tie}; fold.variant 'global' needs one for all; allowed: "
+                "sliced, conjugate",
+                pointer="/rotations",
+            )
+
+
+def _check_statistics(plan: Plan) -> None:
+    """Refuse to look for permutations in moments that were taken without what it takes."""
+    if plan.permute is None or not plan.spec.runs("permute"):
+        return
+    kept = set(plan.inputs["moments"].meta["permute_layers"])
+    lacking = [
+        layer for layer in cost.permuted_layers(plan.permute, plan.student) if layer not in kept
+    ]
+    if lacking:
+        raise SpecInvalid(
+            f"moments: no statistics of layer {lacking[0]}'s heads and neurons were kept; set "
+            "permute to null, or name the layers that have them",
+            pointer="/permute",
+        )

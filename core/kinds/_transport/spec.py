@@ -1,0 +1,114 @@
+"""What a transport may be asked for. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from core.specs.base import JobSpec, Reads, Reference
+from core.specs.transport import (
+    STAGES,
+    Capture,
+    Evaluate,
+    Fold,
+    Gates,
+    Permute,
+    Refine,
+    Rotate,
+)
+from core.specs.transport import Stage as StageName
+
+
+class Spec(JobSpec):
+    """Which student is brought into which teacher's basis, over which texts, and how far."""
+
+    kind: Literal["transport"] = "transport"
+    student: Annotated[Reference, Reads("language_model")] = Field(
+        description="The model that is turned."
+    )
+    teacher: Annotated[Reference, Reads("language_model")] = Field(
+        description="The model whose basis is taken."
+    )
+    prompts: Annotated[Reference, Reads("prompts")] = Field(
+        description="Texts of the domain; those of split 'test' are held out."
+    )
+    until: StageName = Field("evaluate", description="The last stage that runs.")
+    moments: Annotated[Reference, Reads("moments")] | None = Field(
+        None, description="Of an earlier transport over the same models and texts: no capture."
+    )
+    states: Annotated[Reference, Reads("states")] | None = Field(
+        None, description="Raw states kept by an earlier capture: moments are taken from them."
+    )
+    permutations: Annotated[Reference, Reads("permutations")] | None = Field(
+        None, description="Given, none are looked for."
+    )
+    rotations: Annotated[Reference, Reads("rotations")] | None = Field(
+        None, description="Given, none are fitted."
+    )
+    folded: Annotated[Reference, Reads("language_model")] | None = Field(
+        None, description="An already folded student: it is evaluated alone."
+    )
+    capture: Capture = Capture()
+    permute: Permute | None = Field(Permute(), description="null: nothing is permuted.")
+    rotate: Rotate = Rotate()
+    refine: Refine = Refine()
+    fold: Fold = Fold()
+    evaluate: Evaluate = Evaluate()
+    gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Spec:
+        _check_fold(self)
+        _check_given(self)
+        return self
+
+    def runs(self, stage: StageName) -> bool:
+        """Tell whether a stage is within ``until``."""
+        return STAGES.index(stage) <= STAGES.index(self.until)
+
+
+def _check_fold(spec: Spec) -> None:
+    if not spec.runs("fold"):
+        return
+    if spec.fold.variant == "global" and spec.rotate.tie != "global":
+        raise ValueError(
+            f"fold.variant 'global' beside rotate.tie {spec.rotate.tie!r}: one rotation goes "
+            "through the whole stream; allowed: tie 'global', or fold.variant 'sliced'"
+        )
+    if spec.rotate.whiten:
+        raise ValueError(
+            "rotate.whiten beside until 'fold' or later: undone, a whitened map is no rotation; "
+            "allowed: whiten false, or until 'rotate' to see it reported"
+        )
+
+
+def _check_given(spec: Spec) -> None:
+    given = {
+        "moments": spec.moments,
+        "states": spec.states,
+        "permutations": spec.permutations,
+        "rotations": spec.rotations,
+        "folded": spec.folded,
+    }
+    last: Mapping[str, StageName] = {
+        "moments": "permute",
+        "states": "capture",
+        "permutations": "fold",
+        "rotations": "fold",
+        "folded": "evaluate",
+    }
+    for name, value in given.items():
+        if value is not None and not spec.runs(last[name]):
+            raise ValueError(f"{name} beside until {spec.until!r}: nothing that runs reads it")
+    if spec.moments is not None and spec.states is not None:
+        raise ValueError("moments beside states: give one of them")
+    if (
+        spec.permutations is not None
+        and spec.permute is not None
+        and "permute" in (spec.model_fields_set)
+    ):
+        raise ValueError("permute beside permutations: those are given; leave permute out")
+    if spec.folded is not None and spec.rotations is None:
+        raise ValueError("folded without rotations: give those it was folded with")
