@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import DataInvalid
+from core.transport.fold_folders import fold_folder
+from core.transport.fold_plans import FoldPlan
 from core.transport.loading import load_model
-from core.transport.sites import sites
+from core.transport.sites import groups, layer_of, sites
 from core.transport.streams import normalised, reading, run_backbone, shape_of, states
 from tests.core.transport.models import VARIANTS, config_of, save_folder, tiny_model
 from tests.source_documents import seeds
@@ -150,7 +152,7 @@ def test_what_is_no_model_is_refused(damage: str, tmp_path: Path) -> None:
         shard = folder / "model.safetensors"
         shard.write_bytes(shard.read_bytes()[:1000])
 
-    with pytest.raises(DataInvalid, match="not a model's folder"):
+    with pytest.raises(DataInvalid, match=r"not a model.s folder|config\.json: not readable"):
         load_model(folder, device=CPU)
 
 
@@ -167,3 +169,26 @@ def test_real_checkpoints_are_read(name: str, width: int) -> None:
     assert found["final"].shape == (2, 20, width)
     means = found["mlp.4"].square().mean(-1)
     assert bool(((means > 0.9) & (means < 1.001)).all())
+
+
+@pytest.mark.parametrize("variant", ["llama_tied", "qwen2", "qwen3"])
+def test_a_stream_that_turns_is_read_in_the_basis_of_each_layer(
+    variant: str, tmp_path: Path
+) -> None:
+    model = tiny_model(variant)
+    folder = save_folder(model, tmp_path / "model")
+    random = torch.Generator().manual_seed(1)
+    maps = {
+        group: torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64, generator=random)).Q
+        for group in groups(shape_of(model), tie="layer", stage_layers=1)
+    }
+    plan = FoldPlan(shape_of(model), "sliced", maps, tie="layer")
+    folded = fold_folder(folder, tmp_path / "folded", plan)
+
+    turned = load_model(folded, device=CPU)
+
+    assert shape_of(turned).family == shape_of(model).family
+    before, after = states(model, IDS), states(turned, IDS)
+    for site, rows in before.items():
+        expected = rows.double() @ maps[plan.group(layer_of(site))]
+        torch.testing.assert_close(after[site].double(), expected, rtol=0, atol=1e-4)
