@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import DataInvalid
 from core.kinds._base import Chunk, ChunkResult, Produced
-from core.kinds._files import read_json, write_json
+from core.kinds._files import write_json
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
 
@@ -144,9 +144,7 @@ def _beside(given: Given, path: Path, writer: StateWriter) -> dict[str, Produced
     beside = write_json(given.chunk.workdir / "states.json", told, format_name="states_facts")
     digest = hashlib.sha256(beside.path.read_bytes()).hexdigest()
     return {
-        "states": Produced(
-            path, "state_shard", path.name, cache_key=f"states:{told['sha256']}"
-        ),
+        "states": Produced(path, "state_shard", path.name, cache_key=f"states:{told['sha256']}"),
         "states_facts": Produced(
             beside.path,
             beside.format,
@@ -166,16 +164,12 @@ def _facts(given: Given) -> dict[str, Any]:
     }
 
 
-def _stored(
-    given: Given, captured: Captured, name: str, key: str, rows: Sequence[int]
-) -> Produced:
+def _stored(given: Given, captured: Captured, name: str, key: str, rows: Sequence[int]) -> Produced:
     from core.transport.moment_files import save_moments
 
     path = given.chunk.workdir / f"{name}.safetensors"
     save_moments(path, captured, facts=_facts(given))
-    return Produced(
-        path, "moment_block", path.name, meta={"texts": len(rows)}, cache_key=key
-    )
+    return Produced(path, "moment_block", path.name, meta={"texts": len(rows)}, cache_key=key)
 
 
 def _from_states(given: Given) -> dict[str, Produced]:
@@ -256,9 +250,4 @@ def block_paths(given: Given, *names: str) -> list[Path]:
     """Return the stored files of moments, in the order in which they are added."""
     listed = given.moments_list
     keys = {PARTS[0]: "blocks", PARTS[1]: "validation"}
-    return [
-        given.chunk.fetch(block["sha256"]) for name in names for block in listed[keys[name]]
-    ]
-
-
-__all__ = ["PARTS", "block_paths", "capture", "collect", "read_json"]
+    return [given.chunk.fetch(block["sha256"]) for name in names for block in listed[keys[name]]]

@@ -32,10 +32,23 @@ class Given:
         self.spec, self.chunk = spec, chunk
         self.plan = Plan(spec, {name: chunk.input(name) for name in references_of(spec)})
 
-    @property
+    @cached_property
     def capture(self) -> Capture:
-        """The options in force: no text is longer than what both models read."""
-        return self.spec.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
+        """The options in force: those frozen, or no text longer than what both models read.
+
+        Raises:
+            DataInvalid: texts, models or options are not those of the given moments or states.
+        """
+        asked = self.spec.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
+        if not self.plan.frozen:
+            return asked
+        from core.transport.ledger import BOUND, check
+
+        told = "capture" in self.spec.model_fields_set
+        sources = {f"{name}_sha256": self.sources[name] for name in ("student", "teacher")}
+        check(self.ledger, self.prompts, capture=asked if told else None, **sources)
+        frozen = {name: self.ledger["capture"][name] for name in BOUND}
+        return Capture.model_validate({**asked.model_dump(), **frozen})
 
     def language_model(self, name: str) -> LanguageModel:
         """Read the artifact ``student``, ``teacher`` or ``folded``."""
@@ -122,10 +135,18 @@ class Given:
         return cast("Mapping[str, Any]", read_json(path))
 
     @cached_property
+    def states_list(self) -> Mapping[str, Any]:
+        """The artifact ``states``: its ledger, and the kept shards."""
+        path = self.chunk.fetch(self.chunk.input("states").sha256)
+        return cast("Mapping[str, Any]", read_json(path))
+
+    @cached_property
     def ledger(self) -> Mapping[str, Any]:
-        """What was frozen before anything was computed."""
+        """What was frozen before anything was computed: here, or with the moments or states."""
         if self.spec.moments is not None:
             return cast("Mapping[str, Any]", self.moments_list["ledger"])
+        if self.spec.states is not None:
+            return cast("Mapping[str, Any]", self.states_list["ledger"])
         made = self.chunk.outputs("ledger")[0]["ledger"]
         return cast("Mapping[str, Any]", read_json(made.path))
 

@@ -110,5 +110,10 @@ def _check_given(spec: Spec) -> None:
         and "permute" in (spec.model_fields_set)
     ):
         raise ValueError("permute beside permutations: those are given; leave permute out")
+    if spec.states is not None and spec.permute is not None and "permute" in spec.model_fields_set:
+        raise ValueError(
+            "permute beside states: kept states are of the stream alone, not of heads and neurons; "
+            "leave permute out"
+        )
     if spec.folded is not None and spec.rotations is None:
         raise ValueError("folded without rotations: give those it was folded with")

@@ -30,7 +30,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     judged = spec.runs("evaluate")
     looks = SCRATCH_BYTES if spec.capture.layer_map != "cka" else models
     found = [
-        Stage("ledger", int(spec.moments is None), memory_bytes=looks),
+        Stage("ledger", int(not plan.frozen), memory_bytes=looks),
         Stage("capture", plan.captures * plan.blocks, memory_bytes=models + moments),
         Stage("collect", int(plan.captures), memory_bytes=SCRATCH_BYTES),
         Stage(
