@@ -20,6 +20,7 @@ class Desk:
     found: dict[str, Produced] = field(default_factory=dict)
     """By cache key."""
     device: str = "cpu"
+    model_roots: Sequence[Path] = ()
     watch: Callable[[], None] = lambda: None
     """Called at every report of progress."""
 
@@ -54,6 +55,7 @@ class DeskChunk:
     chunks: int
     workdir: Path
     device: str
+    model_roots: Sequence[Path]
 
     def progress(self, done: float, total: float) -> None:
         """See Chunk.progress."""
@@ -102,7 +104,16 @@ def run_job(desk: Desk, spec: JobSpec, inputs: Mapping[str, Input]) -> Done:
             workdir = desk.folder / "work"
             workdir.mkdir()
             chunk = DeskChunk(
-                desk, inputs, made, "job", stage.name, index, stage.chunks, workdir, desk.device
+                desk,
+                inputs,
+                made,
+                "job",
+                stage.name,
+                index,
+                stage.chunks,
+                workdir,
+                desk.device,
+                desk.model_roots,
             )
             try:
                 result: ChunkResult = kind.run_chunk(spec, chunk)

@@ -129,6 +129,11 @@ class Settings(BaseSettings):
     rate_limit: str | None = Field(
         None, description="Requests of one key, such as 600/minute; null: none."
     )
+    model_roots: tuple[Path, ...] = Field(
+        (),
+        description="Folders of language models that import_model may read, as JSON; the same on "
+        "every worker. Empty: none.",
+    )
     body_limit_bytes: int = Field(1 << 20, ge=1024, description="Of a JSON body.")
     part_limit_bytes: int = Field(64 << 20, ge=1 << 16, description="Of one upload part.")
     upload_limit_bytes: int = Field(8 << 30, ge=1 << 20, description="Of one uploaded file.")
@@ -150,6 +155,20 @@ class Settings(BaseSettings):
             return value.expanduser().resolve()
         except (OSError, RuntimeError) as error:
             raise ValueError(f"no such folder: {error}") from None
+
+    @field_validator("model_roots")
+    @classmethod
+    def _whole_roots(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        found = []
+        for root in value:
+            try:
+                place = root.expanduser()
+                if not place.is_absolute():
+                    raise ValueError(f"{str(root)!r} is relative; write whole paths")
+                found.append(place.resolve())
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"no such folder: {error}") from None
+        return tuple(found)
 
     @field_validator("broker_url")
     @classmethod
@@ -218,6 +237,16 @@ class Settings(BaseSettings):
                 "team mode (STILL_BROKER_URL is set) needs STILL_DATABASE_URL to name a "
                 "PostgreSQL database: postgresql+psycopg://user:password@host/name"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _roots_apart(self) -> "Settings":
+        for root in self.model_roots:
+            if self.data_dir.is_relative_to(root) or root.is_relative_to(self.data_dir):
+                raise ValueError(
+                    f"STILL_MODEL_ROOTS: {str(root)!r} and STILL_DATA_DIR {str(self.data_dir)!r} "
+                    "lie in each other; keep models and the service's own files apart"
+                )
         return self
 
     @cached_property

@@ -74,6 +74,7 @@ def _work(settings: Settings, device: str, stop: Stop, *, team: bool) -> int:
         rules=Rules.of(settings),
         on_stuck=lambda: os._exit(STUCK),
         hints=hints,
+        model_roots=settings.model_roots,
     )
     poll = TEAM_POLL if team else settings.poll
     loop = DeviceLoop(runner, stop=stop, poll=poll, soft_stop=settings.soft_stop)

@@ -66,6 +66,7 @@ class RunningChunk:
         self.chunks = claim.chunks
         self.workdir = workdir
         self.device = runner.place.device
+        self.model_roots: Sequence[Path] = runner.model_roots
         self._runner = runner
         self._inputs = inputs
         self._heartbeat = heartbeat
@@ -164,6 +165,8 @@ class Runner:
     on_stuck: Callable[[], None]
     """Called from the heartbeat when a chunk neither moves nor stops; ends the process."""
     hints: Hints = field(default_factory=NoHints)
+    model_roots: Sequence[Path] = ()
+    """What a chunk may read beside the store."""
     _running: Heartbeat | None = field(default=None, init=False)
     _busy: bool = field(default=False, init=False)
 

@@ -90,6 +90,8 @@ class Chunk(Protocol):
     """Empty, private to this attempt, removed afterwards."""
     device: str
     """``cpu`` or ``cuda:0``."""
+    model_roots: Sequence[Path]
+    """The operator's folders of language models on this worker; nothing else on it is read."""
 
     def progress(self, done: float, total: float) -> None:
         """Tell how far the chunk is. Call it every few seconds at least.

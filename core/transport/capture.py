@@ -96,20 +96,9 @@ def capture(
         done, rows = done + batch.tokens, rows + len(batch)
     for moments in run.sums.sites.values():
         mirror(moments)
-    check_finite(run.sums)
+    run.sums.check_finite()
     report(todo, todo)
     return run.sums
-
-
-def check_finite(sums: Captured) -> None:
-    """Raise DataInvalid, naming the first place, where a sum is infinite or no number."""
-    for name, found in sums.sums():
-        for what, tensor in found.tensors().items():
-            if not torch.isfinite(tensor).all():
-                raise DataInvalid(
-                    f"{name}: {what} is not finite; a model overflows in its dtype, or its "
-                    "weights are broken: try dtype float32"
-                )
 
 
 def kept_bytes(

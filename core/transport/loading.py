@@ -1,7 +1,11 @@
-"""Models from folders, ready to be read: no code of theirs runs, nothing is fetched."""
+"""Models from folders, ready to be read: no code of theirs runs, nothing is fetched.
+
+A folder whose residual stream turns between layers is loaded by our own module, not by its copy.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from core.errors import DataInvalid
+from core.transport.sliced import modeling, needs_module
 
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Placement = Literal["device", "spread"]
@@ -48,7 +53,7 @@ def load_model(
     disable_progress_bar()  # type: ignore[no-untyped-call]
     where = device if placement == "device" else "auto"
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = _loader(folder).from_pretrained(
             folder,
             dtype=_dtype(dtype, device),
             device_map=where,
@@ -72,6 +77,17 @@ def load_model(
             raise DataInvalid(f"shards: {what.replace('_keys', '')} weights {names}")
     loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False)
     return loaded
+
+
+def _loader(folder: Path) -> Any:
+    if not needs_module(folder):
+        return AutoModelForCausalLM
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if kind not in modeling.MODELS:
+        raise DataInvalid(
+            f"config.json: model_type {kind[:60]!r}; allowed: {', '.join(modeling.MODELS)}"
+        )
+    return modeling.MODELS[kind]
 
 
 def _dtype(dtype: Dtype, device: torch.device) -> torch.dtype | str:

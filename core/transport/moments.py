@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from core.architectures.shape import ModelShape
+from core.errors import DataInvalid
 from core.specs.transport import Permute
 from core.transport.sites import sites
 
@@ -27,6 +28,9 @@ PANELS, NARROWEST = 8, 192
 class _Sums:
     """Tensors of float64 that add."""
 
+    whole: ClassVar[bool] = False
+    """Whether xx and yy are matrices, not diagonals alone."""
+
     def __add__(self, other: Self) -> Self:
         """Return the sums over both sets of rows."""
         pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
@@ -35,6 +39,18 @@ class _Sums:
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, in the order of the fields."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape that each sum must have, by those of ``xy`` alone."""
+        student, teacher = self.tensors()["xy"].shape
+        return {
+            "n": (),
+            "sum_x": (student,),
+            "sum_y": (teacher,),
+            "xx": (student, student) if self.whole else (student,),
+            "yy": (teacher, teacher) if self.whole else (teacher,),
+            "xy": (student, teacher),
+        }
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Moments(_Sums):
     ``sum w y^T y`` [d_t, d_t], ``sum w x^T y`` [d_s, d_t].
     """
 
+    whole: ClassVar[bool] = True
     n: Tensor
     """[] float64."""
     sum_x: Tensor
@@ -148,6 +165,16 @@ class Captured:
         yield from self.sites.items()
         yield from ((f"neurons.{layer}", found) for layer, found in self.neurons.items())
         yield from ((f"heads.{layer}", found) for layer, found in self.heads.items())
+
+    def check_finite(self) -> None:
+        """Raise DataInvalid, naming the first place, where a sum is infinite or no number."""
+        for name, found in self.sums():
+            for what, tensor in found.tensors().items():
+                if not torch.isfinite(tensor).all():
+                    raise DataInvalid(
+                        f"{name}: {what} is not finite; a model overflows in its dtype, or its "
+                        "weights are broken: try dtype float32"
+                    )
 
 
 def permuted_layers(permute: Permute | None, layers: int) -> tuple[int, ...]:

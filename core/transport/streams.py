@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.architectures.shape import ModelShape
+from core.transport.fold_plans import SLICED
 from core.transport.sites import layer_of, sites
 
 SeeStream = Callable[[str, Tensor, float], None]
@@ -24,12 +25,13 @@ SeeLayer = Callable[[int, Tensor], None]
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """Return the shape that the model's configuration tells.
+    """Return the shape that the model's configuration tells; with skip adapters, of what it was.
 
     Raises:
         DataInvalid: of no known family.
     """
-    return ModelShape.of(model.config.to_dict())
+    config = model.config.to_dict()
+    return ModelShape.of({**config, "model_type": config["model_type"].removeprefix(SLICED)})
 
 
 def lengths(stream: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""What one chunk of a transport reads: models as folders, texts as pairs, what is known so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from core.kinds._base import Chunk, Produced
+from core.kinds._files import read_json
+from core.kinds._transport.plan import Plan
+from core.kinds._transport.spec import Spec
+from core.specs.base import references_of
+from core.specs.transport import Capture
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from core.tensors.language_models import LanguageModel
+    from core.tensors.prompts import Prompts
+    from core.transport.pairs import Pair
+    from core.transport.permutations import LayerPermutation
+    from core.transport.rotations import RotationSet
+
+
+class Given:
+    """Inputs and results of earlier stages, read when asked for."""
+
+    def __init__(self, spec: Spec, chunk: Chunk) -> None:
+        self.spec, self.chunk = spec, chunk
+        self.plan = Plan(spec, {name: chunk.input(name) for name in references_of(spec)})
+
+    @property
+    def capture(self) -> Capture:
+        """The options in force: no text is longer than what both models read."""
+        return self.spec.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
+
+    def language_model(self, name: str) -> LanguageModel:
+        """Read the artifact ``student``, ``teacher`` or ``folded``."""
+        return self.model_of(self.chunk.input(name).sha256)
+
+    def model_of(self, sha256: str) -> LanguageModel:
+        """Read a model's list of files."""
+        from core.tensors.language_models import load_language_model
+
+        return load_language_model(self.chunk.fetch(sha256))
+
+    def folder(self, name: str) -> Path:
+        """Return a folder that transformers loads, made once in the chunk's own."""
+        return self.folder_of(self.language_model(name), name)
+
+    def folder_of(self, model: LanguageModel, name: str) -> Path:
+        """Return the folder of a model under this name."""
+        from core.tensors.language_models import lay_out
+
+        folder = self.chunk.workdir / f"model_{name}"
+        return folder if folder.exists() else lay_out(model, folder, self.chunk.fetch)
+
+    def load(self, folder: Path, *, maps: bool = False) -> PreTrainedModel:
+        """Load a folder's model on this chunk's device, as ``capture`` says."""
+        from core.transport.loading import load_model
+
+        return load_model(
+            folder,
+            device=self.device,
+            dtype=self.spec.capture.dtype,
+            placement=self.spec.capture.placement,
+            maps=maps,
+            offload=self.chunk.workdir / "offload",
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this chunk computes."""
+        import torch
+
+        return torch.device(self.chunk.device)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The texts."""
+        from core.tensors.prompts import load_prompts
+
+        return load_prompts(self.chunk.fetch(self.chunk.input("prompts").sha256))
+
+    @cached_property
+    def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+        """The student's and the teacher's."""
+        from core.transport.tokens import load_tokenizer
+
+        return load_tokenizer(self.folder("student")), load_tokenizer(self.folder("teacher"))
+
+    def pairs(self, rows: Sequence[int]) -> list[Pair]:
+        """Cut texts, by their rows, with both tokenizers, and align them."""
+        from core.transport.pairs import pair
+        from core.transport.tokens import encode
+
+        options = self.capture
+        found = []
+        for row in rows:
+            cut = [
+                encode(
+                    tokenizer,
+                    self.prompts.texts[row],
+                    system_prompt=options.system_prompt,
+                    max_tokens=options.max_tokens,
+                )
+                for tokenizer in self.tokenizers
+            ]
+            found.append(pair(*cut, options))
+        return found
+
+    @cached_property
+    def moments_list(self) -> Mapping[str, Any]:
+        """The artifact ``moments``: its ledger, and the files of its blocks."""
+        if self.spec.moments is not None:
+            path = self.chunk.fetch(self.chunk.input("moments").sha256)
+        else:
+            path = self.chunk.outputs("collect")[0]["moments"].path
+        return cast("Mapping[str, Any]", read_json(path))
+
+    @cached_property
+    def ledger(self) -> Mapping[str, Any]:
+        """What was frozen before anything was computed."""
+        if self.spec.moments is not None:
+            return cast("Mapping[str, Any]", self.moments_list["ledger"])
+        made = self.chunk.outputs("ledger")[0]["ledger"]
+        return cast("Mapping[str, Any]", read_json(made.path))
+
+    @cached_property
+    def permutations(self) -> Mapping[int, LayerPermutation]:
+        """By layer; empty where nothing is permuted."""
+        from core.transport.permutations import load_permutations
+
+        made = self.permutations_file
+        return {} if made is None else load_permutations(made, self.plan.student)
+
+    @property
+    def permutations_file(self) -> Path | None:
+        """The artifact ``permutations``, given or made."""
+        if self.spec.permutations is not None:
+            return self.chunk.fetch(self.chunk.input("permutations").sha256)
+        if self.plan.permute is None:
+            return None
+        return self.chunk.outputs("permute")[0]["permutations"].path
+
+    @cached_property
+    def rotations(self) -> RotationSet:
+        """The maps of all groups, given or solved."""
+        from core.transport.rotation_files import load_rotations
+
+        return load_rotations(self.rotations_file)
+
+    @property
+    def rotations_file(self) -> Path:
+        """The artifact ``rotations``, given or made."""
+        if self.spec.rotations is not None:
+            return self.chunk.fetch(self.chunk.input("rotations").sha256)
+        return self.chunk.outputs("bind")[0]["rotations"].path
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """SHA-256 of models and texts, by what they are."""
+        return {name: self.chunk.input(name).sha256 for name in ("student", "teacher", "prompts")}
+
+    def folded(self, variant: str) -> LanguageModel:
+        """Return the student of a variant: the base itself, one made here, or the one given."""
+        if variant == "base":
+            return self.language_model("student")
+        if self.spec.folded is not None:
+            return self.language_model("folded")
+        from core.tensors.language_models import load_language_model
+
+        return load_language_model(packed(self.chunk)[variant].path)
+
+
+def packed(chunk: Chunk) -> Mapping[str, Produced]:
+    """Return the folded models that this job made, by variant."""
+    names = {"model": "rotated", "model_permuted": "permuted"}
+    made = chunk.outputs("pack")[0]
+    return {names[name]: one for name, one in made.items() if name in names}
