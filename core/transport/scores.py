@@ -46,7 +46,7 @@ class SiteScores:
         x: Tensor,
         y: Tensor,
         *,
-        lengths: tuple[Tensor, Tensor],
+        rms: tuple[Tensor, Tensor],
         texts: Tensor,
         partner: Tensor,
     ) -> None:
@@ -55,7 +55,7 @@ class SiteScores:
         Args:
             x: [P, D] float, the student's.
             y: [P, D] float, the teacher's.
-            lengths: two of [P]: of the streams themselves, before the norm; the student's first.
+            rms: two of [P]: of the streams themselves, before the norm; the student's first.
             texts: [P] int64, the number of each row's text.
             partner: [P] int64, whose student row each teacher row is shown as the shuffled null.
         """
@@ -73,7 +73,7 @@ class SiteScores:
         if self._subspace is not None:
             basis = padded(self._subspace.mT, y.shape[1]).mT.to(y)
             self._plus("subspace", _cosine(x @ basis, y @ basis).sum())
-        self._add_sizes(x, y, *(length.to(x.device).double() for length in lengths), cosines)
+        self._add_sizes(x, y, *(size.to(x.device).double() for size in rms), cosines)
 
     def _add_sizes(self, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, cosines: Tensor) -> None:
         squares = [row.double().square().sum(0).cpu() for row in (x, y)]
