@@ -80,6 +80,9 @@ def _said(name: str, make: Callable[[], T]) -> T:
     """Return what transformers makes; whatever it raises is said of the file."""
     try:
         return make()
-    except Exception as error:
+    except BaseException as error:
+        # A panic of the tokenizers library, which is in Rust, is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         told = " ".join(str(error).split())[:300]
         raise DataInvalid(f"{name}: transformers refuses it: {told}") from error

@@ -498,6 +498,17 @@ def _without_offsets(folder: Path) -> None:
     rewrite(folder, "tokenizer.json", lambda told: told.update({"model": {"type": "Nothing"}}))
 
 
+def _panic(folder: Path) -> None:
+    broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    rewrite(folder, "tokenizer.json", lambda told: told.update({"normalizer": broken}))
+
+
+def _panic_later(folder: Path) -> None:
+    single = [{"SpecialToken": {"id": "<zz>", "type_id": 0}}]
+    broken = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    rewrite(folder, "tokenizer.json", lambda told: told.update({"post_processor": broken}))
+
+
 def _too_many_tokens(folder: Path) -> None:
     tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
     tokenizer.add_tokens([f"<extra_{number}>" for number in range(20)])
@@ -508,6 +519,8 @@ def _too_many_tokens(folder: Path) -> None:
     ("spoil", "match"),
     [
         (_without_offsets, "tokenizer.json: transformers refuses it"),
+        (_panic, "tokenizer.json: transformers refuses it"),
+        (_panic_later, "tokenizer.json: transformers refuses it"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: transformers refuses"),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: transformers"),
         (_too_many_tokens, "gives ids up to 277; the model embeds 272"),
