@@ -137,6 +137,7 @@ def _pack_one(
     from core.tensors.language_models import LanguageModel, ModelFile, dump
 
     plan, base = fold_plan(given, variant), given.language_model("student")
+    teacher = given.language_model("teacher").source
     folder = given.chunk.workdir / variant
     folder.mkdir()
     shards = [
@@ -152,7 +153,7 @@ def _pack_one(
         tuple(sorted(files, key=lambda file: file.name)),
         base.tokenizer,
         base.tokens,
-        source=f"{base.source}, {variant} by a transport to {given.language_model('teacher').source}",
+        source=f"{base.source}, {variant} by a transport to {teacher}",
         exact=plan.exact,
         adapters=bool(plan.turns),
     )

@@ -12,6 +12,9 @@ from core.kinds._transport.spec import Spec
 if TYPE_CHECKING:
     from core.transport.ledger import Side
 
+ROWS = 2048
+"""By which layers are compared: their Gram matrices take 32 MiB each."""
+
 
 def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Tokenise every text, fix split and layer map, and freeze all of it under a run_id."""
@@ -52,11 +55,18 @@ def _by_cka(given: Given) -> tuple[int, ...]:
     """Compare layers on texts that are not held out: those of the training split."""
     from core.transport import layer_maps
     from core.transport.held_out import draw
-    from core.transport.layer_states import layer_states
+    from core.transport.samples import sample_layers
 
     spec = given.spec
     splits = draw(given.prompts, test_fraction=spec.evaluate.test_fraction, seed=spec.seed)
     rows = [row for row, split in enumerate(splits) if split == "train"]
     models = [given.load(given.folder(name)) for name in ("student", "teacher")]
-    states = layer_states(models[0], models[1], given.pairs(rows), given.chunk.progress)
+    states = sample_layers(
+        models[0],
+        models[1],
+        given.pairs(rows),
+        rows=ROWS,
+        batch_tokens=given.capture.batch_tokens,
+        report=given.chunk.progress,
+    )
     return layer_maps.cka(*states)[1]
