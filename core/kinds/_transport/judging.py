@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from core.kinds._base import Chunk, ChunkResult, Metric, Produced
+from core.errors import GateFailed
+from core.kinds._base import Chunk, ChunkResult, Metric
 from core.kinds._files import read_json, write_json
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
