@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
@@ -36,7 +42,8 @@ def check_model(folder: Path, shape: ModelShape) -> None:
             f"{getattr(shape, odd)}; write it out"
         )
     with torch.device("meta"):
-        built = _said("config.json", lambda: AutoModelForCausalLM.from_config(config))
+        make: Callable[[Any], PreTrainedModel] = AutoModelForCausalLM.from_config
+        built = _said("config.json", lambda: make(config))
     wanted = {name: tuple(weight.shape) for name, weight in built.named_parameters()}
     for name in sorted(wanted.keys() ^ shape.tensors().keys()):
         whose = "transformers" if name in wanted else "the table of weights"
