@@ -99,7 +99,14 @@ class Rotate(Closed):
         description="The document's z-score before the fit. Undone, its map is no rotation: it is "
         "reported, and cannot be folded.",
     )
-    ridge: float = Field(1e-3, ge=0, le=1, description="On second moments, of their mean diagonal.")
+    ridge: float = Field(
+        1e-3,
+        ge=0,
+        le=1,
+        description="On second moments, of their mean diagonal: bounds the z-scores of channels "
+        "that hardly vary. It turns no principal direction; without whiten it tells how many "
+        "of the k hold less than it.",
+    )
     det: Literal["any", "positive"] = Field(
         "any", description="positive: a square rotation never reflects."
     )
