@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core.errors import GateFailed
-from core.kinds._base import Chunk, ChunkResult, Metric
+from core.kinds._base import Chunk, ChunkResult, Metric, Produced
 from core.kinds._files import read_json, write_json
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from core.transport.gates import Facts, FoldFacts
     from core.transport.pairs import Pair
 
+SORTS = {
+    "json": ("report", "application/json"),
+    "md": ("report_md", "text/markdown"),
+    "png": ("picture", "image/png"),
+}
+"""Format and media type of a report's file, by the end of its name."""
 COMPARED = 8
 """Held-out texts on which logits of an exact fold are compared with the student's."""
 
@@ -86,8 +92,71 @@ def _logits(given: Given, student: PreTrainedModel, texts: list[Pair]) -> dict[s
 
 
 def report(spec: Spec, chunk: Chunk) -> ChunkResult:
-    """Put together what every stage that ran has to tell."""
-    raise NotImplementedError
+    """Write what every stage that ran has to tell: tables, words, pictures, the rotation ledger."""
+    from core.transport.gates import check
+    from core.transport.report import write_report
+    from core.transport.rotation_ledger import write_ledger
+
+    given = Given(spec, chunk)
+    facts = gather(given)
+    kept = _rotation_ledger(given, facts) if spec.runs("rotate") else None
+    chunk.progress(1, 3)
+    sources = [given.language_model(name).source for name in ("student", "teacher")]
+    made = write_report(
+        chunk.workdir,
+        title=f"Rotation transport of {sources[0]} to {sources[1]}",
+        facts=facts,
+        gates=check(spec.gates, facts),
+        ledger=kept,
+        tolerance=spec.gates.orthogonality,
+        settings=_settings(given),
+    )
+    chunk.progress(2, 3)
+    outputs = {}
+    for name, path in made.items():
+        output, _, ending = name.rpartition("_")
+        sort, media_type = SORTS[ending]
+        shown = name if ending == "md" else output
+        outputs[shown] = Produced(path, sort, path.name, media_type)
+    if kept is not None:
+        path = chunk.workdir / "rotation_ledger.json"
+        write_ledger(path, kept)
+        outputs["rotation_ledger"] = Produced(
+            path, "rotation_ledger", path.name, "application/json", {"run_id": kept["run_id"]}
+        )
+    return ChunkResult(outputs=outputs)
+
+
+def _rotation_ledger(given: Given, facts: Facts) -> dict[str, Any]:
+    from core.transport.rotation_ledger import build
+
+    return build(
+        given.rotations,
+        run_id=given.ledger["run_id"],
+        layer_map=given.ledger["layer_map"],
+        permutations=given.permutations,
+        likeness=facts.permutations,
+        scores=facts.scores,
+        seed=given.spec.seed,
+    )
+
+
+def _settings(given: Given) -> dict[str, Any]:
+    """Return what was asked for and of what, as the report shows it."""
+    spec = given.spec
+    parts = ("capture", "rotate", "refine", "fold", "evaluate", "gates")
+    asked = {name: getattr(spec, name).model_dump(mode="json") for name in parts}
+    permute = given.plan.permute and given.plan.permute.model_dump(mode="json")
+    return {
+        **given.sources,
+        "run_id": given.ledger["run_id"],
+        "seed": spec.seed,
+        "vocabularies": given.ledger["vocabularies"],
+        "totals": given.ledger["totals"],
+        **asked,
+        "capture": given.capture.model_dump(mode="json"),
+        "permute": permute,
+    }
 
 
 def gather(given: Given) -> Facts:

@@ -27,7 +27,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     moments = cost.moments_bytes(plan.student, plan.teacher)
     pair = cost.pair_bytes(plan.student, plan.teacher)
     wide = cost.widened(plan.student, plan.teacher)
-    judged = spec.runs("evaluate")
+    judged, told = spec.runs("evaluate"), int(spec.runs("permute"))
     looks = SCRATCH_BYTES if spec.capture.layer_map != "cka" else models
     found = [
         Stage("ledger", int(not plan.frozen), memory_bytes=looks),
@@ -55,8 +55,8 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             judged * len(plan.judged),
             memory_bytes=round(models * wide / plan.student.width),
         ),
-        Stage("report", 1, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
-        Stage("gates", 1, memory_bytes=SCRATCH_BYTES),
+        Stage("report", told, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
+        Stage("gates", told, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
     ]
     return [stage for stage in found if stage.chunks]
 
