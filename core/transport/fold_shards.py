@@ -30,7 +30,7 @@ Report = Callable[[float, float], None]
 
 
 def silent(done: float, total: float) -> None:
-    pass
+    """Tell nobody how far it is."""
 
 
 @dataclass(frozen=True)
@@ -266,11 +266,12 @@ def row_cost(old: int, new: int, items: tuple[int, int], *, permuted: bool) -> i
 
 
 def column_cost(old: int, rows: int, item_in: int, *, permuted: bool) -> int:
-    """Bytes per column while ``rows`` rows are made of a weight: reordered, widened, the product."""
+    """Bytes per column while ``rows`` rows are made: reordered, widened, the product."""
     return old * (8 + (item_in if permuted else 0)) + 8 * rows
 
 
 def at_once(cost: int, most: int) -> int:
+    """Return how many of what costs so many bytes fit BLOCK_BYTES: 1 to ``most``."""
     return min(most, max(1, BLOCK_BYTES // cost))
 
 

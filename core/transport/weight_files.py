@@ -5,6 +5,7 @@ A mapped file counts as memory once it is touched; what is read here takes what 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -78,7 +79,7 @@ class WeightFile:
         width = last * layout.dtype.itemsize
         made = torch.empty((stop - start) * width, dtype=torch.uint8)
         if made.numel():
-            view = memoryview(made.numpy())
+            view = made.numpy().data
             for at, first, count in _runs(start, stop, order):
                 self._read(view[at * width : (at + count) * width], layout.start + first * width)
         return made.view(layout.dtype).view(stop - start, last)
@@ -99,7 +100,7 @@ def _runs(start: int, stop: int, order: Tensor | None) -> Iterator[tuple[int, in
     wanted = order[start:stop]
     breaks = ((wanted[1:] != wanted[:-1] + 1).nonzero().flatten() + 1).tolist()
     edges = [0, *breaks, stop - start]
-    for at, end in zip(edges[:-1], edges[1:], strict=True):
+    for at, end in itertools.pairwise(edges):
         yield at, int(wanted[at]), end - at
 
 
@@ -177,8 +178,7 @@ def _header(ordered: Sequence[str], tensors: Mapping[str, Layout]) -> bytes:
 
 
 def _write(file: BinaryIO, block: Tensor) -> int:
-    flat = block.contiguous().view(-1)
-    raw = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    raw = block.contiguous().view(-1).view(torch.uint8).numpy().data
     size = len(raw)
     while len(raw):
         raw = raw[file.write(raw) :]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from core.errors import DataInvalid
 from core.transport.fold_plans import SLICED
@@ -43,6 +44,7 @@ def load_folded(folder: Path, **options: Any) -> PreTrainedModel:
     Raises:
         DataInvalid: a model of ours of a family that is not known.
     """
+    logging.disable_progress_bar()
     loads: Any = AutoModelForCausalLM
     if needs_module(folder):
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -52,7 +54,8 @@ def load_folded(folder: Path, **options: Any) -> PreTrainedModel:
             )
         loads = modeling.MODELS[kind]
     options = {"dtype": "auto", **options}
-    found: PreTrainedModel = loads.from_pretrained(
+    found: Any = loads.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, **options
     )
-    return found.eval()
+    model: PreTrainedModel = found.eval()
+    return model

@@ -86,8 +86,8 @@ class SlicedLlamaForCausalLM(LlamaForCausalLM):
     """A Llama with skip adapters."""
 
     config_class = SlicedLlamaConfig
-    _no_split_modules = ["LlamaDecoderLayer", "TurningLlamaLayer"]
-    _keep_in_fp32_modules_strict = ["skip_adapter"]
+    _no_split_modules = ["LlamaDecoderLayer", "TurningLlamaLayer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["skip_adapter"]  # noqa: RUF012
 
     def __init__(self, config: SlicedLlamaConfig) -> None:
         super().__init__(config)
@@ -98,8 +98,8 @@ class SlicedQwen2ForCausalLM(Qwen2ForCausalLM):
     """A Qwen2 with skip adapters."""
 
     config_class = SlicedQwen2Config
-    _no_split_modules = ["Qwen2DecoderLayer", "TurningQwen2Layer"]
-    _keep_in_fp32_modules_strict = ["skip_adapter"]
+    _no_split_modules = ["Qwen2DecoderLayer", "TurningQwen2Layer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["skip_adapter"]  # noqa: RUF012
 
     def __init__(self, config: SlicedQwen2Config) -> None:
         super().__init__(config)
@@ -110,8 +110,8 @@ class SlicedQwen3ForCausalLM(Qwen3ForCausalLM):
     """A Qwen3 with skip adapters."""
 
     config_class = SlicedQwen3Config
-    _no_split_modules = ["Qwen3DecoderLayer", "TurningQwen3Layer"]
-    _keep_in_fp32_modules_strict = ["skip_adapter"]
+    _no_split_modules = ["Qwen3DecoderLayer", "TurningQwen3Layer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["skip_adapter"]  # noqa: RUF012
 
     def __init__(self, config: SlicedQwen3Config) -> None:
         super().__init__(config)
