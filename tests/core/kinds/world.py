@@ -181,7 +181,7 @@ class World:
             self,
             inputs,
             states=f"{whole}/states",
-            rotate={"tie": "layer", "k": "held_out"},
+            rotate={"tie": "layer"},
             fold={"variant": "sliced"},
             name="states",
         )
