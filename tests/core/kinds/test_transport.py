@@ -76,7 +76,6 @@ def test_every_stage_alone_makes_what_the_whole_makes(other_world: World) -> Non
         inputs,
         until="rotate",
         moments=f"{captured}/moments",
-        permutations=f"{permuted}/permutations",
         capture=None,
     )
     folded = transport(
