@@ -11,7 +11,7 @@ from core.architectures.tables import Weight
 from core.specs.transport import HELD_OUT_SHARES, Permute, Rotate
 from core.transport.sites import sites
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 64 << 20
 """Of temporaries while a weight is made: rows read, their float64, the product, what is written."""
 OUT_ROWS = 512
 """Most rows made at once of a weight that writes the residual stream."""

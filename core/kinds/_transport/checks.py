@@ -16,8 +16,8 @@ def check(plan: Plan) -> None:
     for name in ("student", "teacher"):
         if plan.inputs[name].meta["adapters"]:
             raise SpecInvalid(
-                f"{name}: its stream turns between layers (fold 'sliced'), so it has no one "
-                "basis; give a model without skip adapters",
+                f"{name}: a folded student that takes our own module to load (skip adapters, or a "
+                "width that transformers refuses); give the model that it was made from",
                 pointer=f"/{name}",
             )
     if student.width != teacher.width and spec.fold.variant == "conjugate" and plan.folds:

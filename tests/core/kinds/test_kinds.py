@@ -60,10 +60,10 @@ def test_every_kind_makes_what_it_promises(world: World) -> None:
 def test_every_chunk_gives_the_same_bytes_elsewhere_and_again(
     world: World, other_world: World
 ) -> None:
+    other_world.keep = "all"
     for one in (world, other_world):
         one.chain(one.upload(tiny_pairs()))
         one.language_chain()
-        one.keep = "all"
     world.run()
 
     discarded = _run_every_chunk_twice(other_world)

@@ -44,7 +44,7 @@ def put_model(world: World, name: str, variant: str, *, seed: int, **sizes: Any)
     folder = world.folder / "models" / name
     if not folder.exists():
         save_folder(tiny_model(variant, seed=seed, **sizes), folder, shard_bytes=40_000)
-    return f"{world.submit(kind='import_model', folder=name)}/model"
+    return f"{world.submit(kind='import_model', folder=name, name=name)}/model"
 
 
 def put_pair(
