@@ -116,6 +116,24 @@ def kept_bytes(
     return tokens * (rows + activations + maps)
 
 
+def products_bytes(
+    student: ModelShape, teacher: ModelShape, permute: Permute | None, *, tokens: int
+) -> int:
+    """Return what adding one product takes: it in float32, widened to be added, and its rows.
+
+    ``12 M^2`` for M neurons whose statistics are kept, else ``12 d_s d_t``.
+
+    Args:
+        student: whose rows are multiplied.
+        teacher: with these.
+        permute: as of ``capture``.
+        tokens: of a batch.
+    """
+    neurons = permutable(student, teacher, permute)[0] * student.neurons
+    numbers = max(student.width * teacher.width, neurons**2)
+    return 12 * numbers + 8 * tokens * max(teacher.width, neurons)
+
+
 def weights_bytes(shape: ModelShape, dtype: str) -> int:
     """Return what a loaded model takes.
 
@@ -226,12 +244,12 @@ def rotation_bytes(student: int, teacher: int, options: Rotate) -> int:
 
 
 def refine_bytes(student: int, teacher: int) -> int:
-    """Return what ``refine.refine`` takes beside the rotation: ``8 (5 d_r^2 + 2 d_s d_r)``.
+    """Return what ``refine.refine`` takes beside the rotation: ``8 (5 d_r^2 + d_s d_r)``.
 
     The cross-moment, R^T C and its eigenvectors with their work space.
     """
     r = max(student, teacher)
-    return 8 * (5 * r * r + 2 * student * r)
+    return 8 * (5 * r * r + student * r)
 
 
 def rotate_bytes(student: ModelShape, teacher: ModelShape, options: Rotate, *, sites: int) -> int:

@@ -53,6 +53,7 @@ class Needs:
             dtype=self._dtype(student),
         )
         passes = max(self._forward(shape, maps=self._maps) for shape in (student, teacher))
+        passes += memory.products_bytes(student, teacher, plan.permute, tokens=self._tokens)
         models = self._weights(student) + self._weights(teacher)
         return SCRATCH_BYTES + models + sums + kept + passes
 
@@ -107,7 +108,16 @@ class Needs:
         if variant is not student:
             beside = max(beside, self._weights(student))
         logits = memory.predictions_bytes(max(shape.vocabulary for shape in shapes), tokens=tokens)
-        return SCRATCH_BYTES + self._all_rotations + self._weights(variant) + beside + logits
+        held = self._weights(variant) + self._adapters
+        return SCRATCH_BYTES + self._all_rotations + held + beside + logits
+
+    @property
+    def _adapters(self) -> int:
+        """Skip adapters of a variant, [d_r, d_r] each, in float32 at least."""
+        if self._plan.spec.fold.variant != "sliced":
+            return 0
+        wide = memory.widened(self._student, self._teacher)
+        return 4 * wide**2 * (len(self._plan.groups) - 1)
 
     @property
     def _folded(self) -> ModelShape:
