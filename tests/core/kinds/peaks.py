@@ -55,7 +55,7 @@ def _load_anyway(folder: Path) -> None:
 
 def _put_prompts(world: World) -> str:
     """Store texts of some 400 characters each."""
-    whole = [f"{number} " + " ".join(texts()) for number in range(12)]
+    whole = [f"{number} " + " ".join(texts()) for number in range(6)]
     count = len(whole)
     ids = [f"text-{number}" for number in range(count)]
     prompts = Prompts(ids, whole, ["en"] * count, ["CC0-1.0"] * count, [""] * count)
