@@ -55,6 +55,7 @@ KIND = Kind(
         "rotation_ledger": "rotation_ledger",
         "report": "report",
         "report_md": "report_md",
+        **dict.fromkeys(("cosines", "sizes", "likeness", "singular_values", "errors"), "picture"),
     },
     cost=count_cost,
 )

@@ -16,7 +16,8 @@ from core.kinds._transport.spec import Spec
 
 if TYPE_CHECKING:
     from core.transport.moments import Captured
-    from core.transport.states import StateWriter
+    from core.transport.pairs import Pair
+    from core.transport.states import Layout
 
 ALGORITHM = 1
 """Raised when the same inputs would give other sums: what is cached under it is found no more."""
@@ -42,7 +43,7 @@ def _parts(given: Given) -> dict[str, list[int]]:
     """Return rows of this block's training texts, by which file their moments go into."""
     from core.transport.ledger import training_rows
 
-    size, index = given.spec.capture.prompts_per_chunk, given.chunk.index
+    size, index = given.plan.capture.prompts_per_chunk, given.chunk.index
     block = range(index * size, (index + 1) * size)
     mine = [row for row in training_rows(given.ledger) if row in block]
     usable = [row for row in mine if given.ledger["prompts"][row]["pairs"]]
@@ -102,9 +103,12 @@ def _run(
     given: Given, models: Sequence[Any], rows: Sequence[int], told: Any, *, keep: bool
 ) -> tuple[Captured, dict[str, Produced]]:
     from core.transport.capture import capture as sum_moments
+    from core.transport.states import StateWriter
 
     pairs = given.pairs(rows)
-    writer, path = _writer(given, pairs, rows) if keep else (None, None)
+    layout = _layout(given, pairs, rows) if keep else None
+    path = given.chunk.workdir / "states.safetensors"
+    writer = None if layout is None else StateWriter(path, layout)
     captured = sum_moments(
         models[0],
         models[1],
@@ -115,32 +119,30 @@ def _run(
         report=told,
         keep=writer,
     )
-    if writer is None or path is None:
+    if writer is None or layout is None:
         return captured, {}
     writer.close()
-    return captured, _beside(given, path, writer)
+    return captured, _beside(given, path, layout)
 
 
-def _writer(given: Given, pairs: Any, rows: Sequence[int]) -> tuple[StateWriter, Path]:
+def _layout(given: Given, pairs: Sequence[Pair], rows: Sequence[int]) -> Layout:
     from core.transport.sites import sites
-    from core.transport.states import StateWriter, lay_out_states
+    from core.transport.states import lay_out_states
 
-    path = given.chunk.workdir / "states.safetensors"
-    layout = lay_out_states(
+    return lay_out_states(
         pairs,
         [given.prompts.ids[row] for row in rows],
         sites=sites(given.plan.student),
         widths=(given.plan.student.width, given.plan.teacher.width),
         batch_tokens=given.capture.batch_tokens,
     )
-    return StateWriter(path, layout), path
 
 
-def _beside(given: Given, path: Path, writer: StateWriter) -> dict[str, Produced]:
+def _beside(given: Given, path: Path, layout: Layout) -> dict[str, Produced]:
     """Return a shard of states and the JSON beside it; both stay, by their own hashes."""
     from core.transport.states import describe
 
-    told = describe(path, writer.layout, facts=_facts(given))
+    told = describe(path, layout, facts=_facts(given))
     beside = write_json(given.chunk.workdir / "states.json", told, format_name="states_facts")
     digest = hashlib.sha256(beside.path.read_bytes()).hexdigest()
     return {
@@ -186,7 +188,8 @@ def _from_states(given: Given) -> dict[str, Produced]:
     found = chunk.cached(key)
     if found is not None:
         return {PARTS[0]: found}
-    captured = states.moments(report=chunk.progress)
+    chunk.progress(0, 1)
+    captured = states.moments()
     return {PARTS[0]: _stored(given, captured, PARTS[0], key, range(len(states.layout.texts)))}
 
 
@@ -206,6 +209,7 @@ def collect(spec: Spec, chunk: Chunk) -> ChunkResult:
         "validation": files[PARTS[1]],
     }
     kept = _kept(chunk, made)
+    kept["validation"] = len(files[PARTS[1]])
     moments = write_json(
         chunk.workdir / "moments.json", whole, format_name="moments", **facts, **kept
     )

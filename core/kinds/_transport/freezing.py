@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from core.kinds._base import Chunk, ChunkResult, Metric
 from core.kinds._files import write_json
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
-
-if TYPE_CHECKING:
-    from core.transport.ledger import Side
 
 ROWS = 2048
 """By which layers are compared: their Gram matrices take 32 MiB each."""
@@ -24,12 +19,11 @@ def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
     told = ledgers.build(
         given.prompts,
         chunk.input("prompts").sha256,
-        student=_side(given, "student"),
-        teacher=_side(given, "teacher"),
+        student=given.sides[0],
+        teacher=given.sides[1],
         capture=given.capture,
-        test_fraction=spec.evaluate.test_fraction,
-        seed=spec.seed,
-        layer_map=_by_cka(given) if spec.capture.layer_map == "cka" else None,
+        held_out=given.held_out,
+        layer_map=_by_cka(given) if given.plan.capture.layer_map == "cka" else None,
         report=chunk.progress,
     )
     totals = told["totals"]
@@ -44,21 +38,13 @@ def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
     return ChunkResult(outputs={"ledger": made}, metrics=metrics)
 
 
-def _side(given: Given, name: str) -> Side:
-    from core.transport.ledger import Side
-
-    tokenizer = given.tokenizers[0 if name == "student" else 1]
-    return Side(given.language_model(name), given.chunk.input(name).sha256, tokenizer)
-
-
 def _by_cka(given: Given) -> tuple[int, ...]:
     """Compare layers on texts that are not held out: those of the training split."""
     from core.transport import layer_maps
     from core.transport.held_out import draw
     from core.transport.samples import sample_layers
 
-    spec = given.spec
-    splits = draw(given.prompts, test_fraction=spec.evaluate.test_fraction, seed=spec.seed)
+    splits = draw(given.prompts, given.held_out)
     rows = [row for row, split in enumerate(splits) if split == "train"]
     models = [given.load(given.folder(name)) for name in ("student", "teacher")]
     states = sample_layers(

@@ -16,10 +16,12 @@ from core.specs.transport import Capture
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from core.tensors.language_models import LanguageModel
     from core.tensors.prompts import Prompts
+    from core.transport.held_out import HeldOut
+    from core.transport.ledger import Side
     from core.transport.pairs import Pair
     from core.transport.permutations import LayerPermutation
     from core.transport.rotations import RotationSet
@@ -39,12 +41,12 @@ class Given:
         Raises:
             DataInvalid: texts, models or options are not those of the given moments or states.
         """
-        asked = self.spec.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
+        asked = self.plan.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
         if not self.plan.frozen:
             return asked
         from core.transport.ledger import BOUND, check
 
-        told = "capture" in self.spec.model_fields_set
+        told = self.spec.capture is not None
         sources = {f"{name}_sha256": self.sources[name] for name in ("student", "teacher")}
         check(self.ledger, self.prompts, capture=asked if told else None, **sources)
         frozen = {name: self.ledger["capture"][name] for name in BOUND}
@@ -78,8 +80,8 @@ class Given:
         return load_model(
             folder,
             device=self.device,
-            dtype=self.spec.capture.dtype,
-            placement=self.spec.capture.placement,
+            dtype=self.plan.capture.dtype,
+            placement=self.plan.capture.placement,
             maps=maps,
             offload=self.chunk.workdir / "offload",
         )
@@ -99,31 +101,30 @@ class Given:
         return load_prompts(self.chunk.fetch(self.chunk.input("prompts").sha256))
 
     @cached_property
-    def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-        """The student's and the teacher's."""
+    def sides(self) -> tuple[Side, Side]:
+        """Student and teacher, with what cuts text for them."""
+        return self._side("student"), self._side("teacher")
+
+    def _side(self, name: str) -> Side:
+        from core.transport.ledger import Side
         from core.transport.tokens import load_tokenizer
 
-        return load_tokenizer(self.folder("student")), load_tokenizer(self.folder("teacher"))
+        tokenizer = load_tokenizer(self.folder(name))
+        return Side(self.language_model(name), self.chunk.input(name).sha256, tokenizer)
+
+    @property
+    def held_out(self) -> HeldOut:
+        """How texts without a split are drawn."""
+        from core.transport.held_out import HeldOut
+
+        return HeldOut(self.spec.evaluate.test_fraction, self.spec.seed)
 
     def pairs(self, rows: Sequence[int]) -> list[Pair]:
         """Cut texts, by their rows, with both tokenizers, and align them."""
-        from core.transport.pairs import pair
-        from core.transport.tokens import encode
+        from core.transport.ledger import read
 
-        options = self.capture
-        found = []
-        for row in rows:
-            cut = [
-                encode(
-                    tokenizer,
-                    self.prompts.texts[row],
-                    system_prompt=options.system_prompt,
-                    max_tokens=options.max_tokens,
-                )
-                for tokenizer in self.tokenizers
-            ]
-            found.append(pair(*cut, options))
-        return found
+        student, teacher = self.sides
+        return [read(self.prompts, row, student, teacher, self.capture) for row in rows]
 
     @cached_property
     def moments_list(self) -> Mapping[str, Any]:
