@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, help="a text a line, instead of sampled ones")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    set_verbosity_error()  # type: ignore[no-untyped-call]
+    set_verbosity_error()
     folder = asked.models or _models()
     if folder is None:
         print("the real checkpoints are not here; say where with --models")
@@ -206,7 +206,7 @@ def compare(
 
 
 def _rows(scores: Mapping[str, Any]) -> int:
-    return max(of["rows"] for of in scores["sites"].values())
+    return max(int(of["rows"]) for of in scores["sites"].values())
 
 
 def _captured(
