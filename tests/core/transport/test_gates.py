@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.specs.transport import Gates
-from core.transport.gates import Facts, FoldFacts, as_json, check, failed
+from core.transport.gates import SIXTEEN_BIT, Facts, FoldFacts, as_json, check, failed
 
 GOOD_TURN: dict[str, Any] = {
     "k": 4,
@@ -117,12 +117,12 @@ def test_a_fold_fails_its_own_gate(change: dict[str, Any], gate: str) -> None:
     assert [one.name for one in failed(check(Gates(), facts))] == [gate]
 
 
-def test_sixteen_bits_are_allowed_sixteen_times_as_much() -> None:
+def test_sixteen_bits_are_allowed_more() -> None:
     fold = replace(GOOD_FOLD, logits_relative=1e-2, sixteen_bit=True)
     gate = named(replace(good(), folds={"rotated": fold}))["logits.rotated"]
 
     assert gate.passed
-    assert gate.bound == pytest.approx(16e-3)
+    assert gate.bound == pytest.approx(SIXTEEN_BIT * Gates().logits)
 
 
 def test_logits_of_a_fold_that_is_not_exact_are_reported() -> None:
