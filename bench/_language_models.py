@@ -35,7 +35,7 @@ def random_model(folder: Path, *, seed: int, layers: int | None = None) -> Path:
         seed: of the weights.
         layers: fewer than it has; None: all.
     """
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     torch.manual_seed(seed)
     sizes = SMOLLM2_135M if layers is None else {**SMOLLM2_135M, "num_hidden_layers": layers}
     config = LlamaConfig(**sizes)  # type: ignore[arg-type]

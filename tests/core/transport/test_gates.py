@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.specs.transport import Gates
-from core.transport.gates import SIXTEEN_BIT, Facts, FoldFacts, as_json, check, failed
+from core.transport.gates import Facts, FoldFacts, as_json, check, failed
 
 GOOD_TURN: dict[str, Any] = {
     "k": 4,
