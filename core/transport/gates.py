@@ -10,7 +10,7 @@ from typing import Any
 from core.specs.transport import Gates
 from core.transport.checks import worst_error
 
-SIXTEEN_BIT = 16.0
+SIXTEEN_BIT = 64.0
 """How much more a logit may change where weights are rounded to 16 bits."""
 RMS_KEPT = 1e-3
 """Most that a fold may change the RMS of the residual stream, relative; times SIXTEEN_BIT too."""

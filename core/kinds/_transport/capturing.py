@@ -43,7 +43,7 @@ def _parts(given: Given) -> dict[str, list[int]]:
     """Return rows of this block's training texts, by which file their moments go into."""
     from core.transport.ledger import training_rows
 
-    size, index = given.spec.capture.prompts_per_chunk, given.chunk.index
+    size, index = given.plan.capture.prompts_per_chunk, given.chunk.index
     block = range(index * size, (index + 1) * size)
     mine = [row for row in training_rows(given.ledger) if row in block]
     usable = [row for row in mine if given.ledger["prompts"][row]["pairs"]]
@@ -209,6 +209,7 @@ def collect(spec: Spec, chunk: Chunk) -> ChunkResult:
         "validation": files[PARTS[1]],
     }
     kept = _kept(chunk, made)
+    kept["validation"] = len(files[PARTS[1]])
     moments = write_json(
         chunk.workdir / "moments.json", whole, format_name="moments", **facts, **kept
     )

@@ -155,7 +155,7 @@ def _pack_one(
         base.tokens,
         source=f"{base.source}, {variant} by a transport to {teacher}",
         exact=plan.exact,
-        adapters=bool(plan.turns),
+        adapters=plan.own_module,
     )
     name = "model" if variant == "rotated" else f"model_{variant}"
     path = given.chunk.workdir / f"{name}.json"

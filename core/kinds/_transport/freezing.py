@@ -23,7 +23,7 @@ def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
         teacher=given.sides[1],
         capture=given.capture,
         held_out=given.held_out,
-        layer_map=_by_cka(given) if spec.capture.layer_map == "cka" else None,
+        layer_map=_by_cka(given) if given.plan.capture.layer_map == "cka" else None,
         report=chunk.progress,
     )
     totals = told["totals"]

@@ -41,12 +41,12 @@ class Given:
         Raises:
             DataInvalid: texts, models or options are not those of the given moments or states.
         """
-        asked = self.spec.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
+        asked = self.plan.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
         if not self.plan.frozen:
             return asked
         from core.transport.ledger import BOUND, check
 
-        told = "capture" in self.spec.model_fields_set
+        told = self.spec.capture is not None
         sources = {f"{name}_sha256": self.sources[name] for name in ("student", "teacher")}
         check(self.ledger, self.prompts, capture=asked if told else None, **sources)
         frozen = {name: self.ledger["capture"][name] for name in BOUND}
@@ -80,8 +80,8 @@ class Given:
         return load_model(
             folder,
             device=self.device,
-            dtype=self.spec.capture.dtype,
-            placement=self.spec.capture.placement,
+            dtype=self.plan.capture.dtype,
+            placement=self.plan.capture.placement,
             maps=maps,
             offload=self.chunk.workdir / "offload",
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from core.architectures.shape import ModelShape
 from core.kinds._base import Input
 from core.kinds._transport.spec import Spec
+from core.specs.transport import Capture, Permute
 from core.transport.sites import groups
 
 
@@ -16,12 +17,15 @@ class Plan:
 
     def __init__(self, spec: Spec, inputs: Mapping[str, Input]) -> None:
         self.spec, self.inputs = spec, inputs
+        self.capture = spec.capture or Capture()
+        """What is asked for; what was frozen is known to ``Given.capture``."""
         self.student = ModelShape.from_meta(inputs["student"].meta)
         self.teacher = ModelShape.from_meta(inputs["teacher"].meta)
         solved = spec.rotations is not None
         self.captures = spec.moments is None and not solved
         looks = not solved and spec.permutations is None and spec.states is None
-        self.permute = spec.permute if looks else None
+        asked = spec.permute or Permute()
+        self.permute = asked if looks and (asked.heads or asked.neurons) else None
         """What is looked for; None: nothing, or it is given."""
         self.rotates = spec.runs("rotate") and not solved
         self.folds = spec.runs("fold") and spec.folded is None
@@ -36,7 +40,7 @@ class Plan:
     @property
     def max_tokens(self) -> int:
         """Of a text: what is asked for, or what both models have positions for."""
-        return min(self.spec.capture.max_tokens, self.student.positions, self.teacher.positions)
+        return min(self.capture.max_tokens, self.student.positions, self.teacher.positions)
 
     @property
     def blocks(self) -> int:
@@ -44,7 +48,7 @@ class Plan:
         if "states" in self.inputs:
             return int(self.inputs["states"].meta["shards"])
         texts: int = self.inputs["prompts"].meta["prompts"]
-        return math.ceil(texts / self.spec.capture.prompts_per_chunk)
+        return math.ceil(texts / self.capture.prompts_per_chunk)
 
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:

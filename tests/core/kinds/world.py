@@ -21,7 +21,7 @@ from core.jobs import lineage, service, status
 from core.jobs.runner import Runner
 from core.tensors.formats import Pairs, save_pairs
 from tests.conftest import make_runner
-from tests.core.transport.models import save_folder, tiny_model
+from tests.core.kinds.transports import SMALL, put_pair, transport
 from tests.life import submit, uploaded
 
 TRAINING = {"epochs": 3, "batch_size": 32, "warmup_steps": 2}
@@ -67,13 +67,6 @@ class World:
         """Store a file as an upload of this format."""
         blob = self.store.put(path)
         return uploaded(self.engine, blob, self.clock, format_name=format_name, meta=meta)
-
-    def language_model(self, variant: str = "llama_tied", **sizes: Any) -> str:
-        """Put a tiny model, in several shards, where import_model may read it; return its name."""
-        folder = self.folder / "models" / variant
-        if not folder.exists():
-            save_folder(tiny_model(variant, **sizes), folder, shard_bytes=40_000)
-        return variant
 
     def submit(self, **spec: Any) -> str:
         return submit(self.engine, self.clock, keep_checkpoints=self.keep, **spec)
@@ -174,13 +167,27 @@ class World:
         )
         lda, benchmark = self._lda_chain(pairs)
         held_out = self._code_chain(pairs)
-        language_model = self.submit(kind="import_model", folder=self.language_model())
         jobs = (
             *(fit, cache, distill, sweep, evaluate),
             *(combined, echo, export, taken_in, codebook, lda, benchmark, held_out),
-            language_model,
         )
         return {self.job(job_id).kind: job_id for job_id in jobs}
+
+    def language_chain(self) -> dict[str, str]:
+        """Every kind over language models once, as ``chain`` does."""
+        inputs = put_pair(self, hidden_size=48)
+        whole = transport(self, inputs, capture={**SMALL, "raw": True})
+        again = transport(
+            self,
+            inputs,
+            states=f"{whole}/states",
+            rotate={"tie": "layer"},
+            fold={"variant": "sliced"},
+            name="states",
+        )
+        imported = inputs["student"].partition("/")[0]
+        self.others += [inputs["teacher"].partition("/")[0], again]
+        return {self.job(job_id).kind: job_id for job_id in (imported, whole)}
 
     def _lda_chain(self, pairs: str) -> tuple[str, str]:
         """Fit LDAs of both modes, distil one, judge and time it; return what is new of kind."""
