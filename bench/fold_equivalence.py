@@ -45,9 +45,10 @@ class Case:
         shape = shape_of(folder)
         width = shape.width * 3 // 2 if self.wider else None
         tie = "stage" if self.tie == "stage" else None
-        return plan_of(
+        plan: FoldPlan = plan_of(
             shape, self.variant, width=width, tie=tie, permuted=self.permuted, dtype=dtype
         )
+        return plan
 
 
 CASES = {

@@ -13,9 +13,10 @@ from core.errors import DataInvalid
 from core.tensors.language_models import INDEX, ModelFile, index_of
 from core.transport.fold_plans import FoldPlan, folded_config
 from core.transport.fold_records import RECORD, write_record
-from core.transport.fold_shards import Report, fold_task, read_norms, silent, tasks
+from core.transport.fold_shards import fold_task, read_norms, tasks
 from core.transport.sliced import MODULE, module_text
 from core.transport.weight_files import WeightFile
+from core.transport.weight_streams import Report, silent
 
 KEPT = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files that come along as they are, with what else of a tokenizer lies beside them."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.architectures.shape import ITEM_BYTES, ModelShape
+from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.transport.permutations import LayerPermutation
 from core.transport.sites import Tie, group_of
@@ -204,8 +204,3 @@ def folded_config(config: Mapping[str, Any], plan: FoldPlan) -> dict[str, Any]:
             skip_adapters=list(plan.turns),
         )
     return made
-
-
-def item_bytes(plan: FoldPlan) -> tuple[int, int]:
-    """Return what a number takes as read and as written."""
-    return ITEM_BYTES[plan.shape.dtype], ITEM_BYTES[plan.folded_shape().dtype]

@@ -6,8 +6,7 @@ as it is stored, and blocks. No file is held whole.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,20 +16,12 @@ from torch import Tensor
 
 from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel
-from core.transport.fold_plans import DTYPES, FoldPlan, item_bytes
-from core.transport.folding import Recipe, norm_names, place, recipe
+from core.transport.fold_plans import DTYPES, FoldPlan
+from core.transport.folding import Recipe, norm_names, place, recipe, stored_shape
 from core.transport.weight_files import Layout, WeightFile, write_weights
+from core.transport.weight_streams import OUT_ROWS, Report, silent, stream_file, weight_bytes
 
-BLOCK_BYTES = 32 << 20
-"""Of temporaries: rows read, their float64, the product, what is written."""
-OUT_ROWS = 512
-"""Most rows made at once of a weight that writes the stream."""
 SKIP_ADAPTERS = "skip_adapters.safetensors"
-Report = Callable[[float, float], None]
-
-
-def silent(done: float, total: float) -> None:
-    """Tell nobody how far it is."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +140,13 @@ def fold_task(
     if task.makes == "head":
         read = {plan.shape.table.head: plan.shape.table.embedding}
     with WeightFile(source) as file:
-        check_file(file, {read[name] for name in task.tensors}, plan)
-        recipes = {name: recipe(plan, name, norms) for name in task.tensors}
-        stream_file(file, target, read, recipes, plan.dtype, report)
+        check_file(file, set(read.values()), plan, width=plan.shape.width)
+        layouts = layouts_of(file, read, plan, width=plan.width, dtype=plan.dtype)
+
+        def make(name: str) -> tuple[str, Recipe]:
+            return read[name], recipe(plan, name, norms)
+
+        stream_file(file, target, layouts, make, report)
 
 
 def fold_shard(
@@ -174,23 +169,14 @@ def _is_head(plan: FoldPlan, name: str) -> bool:
     return name == plan.shape.table.head
 
 
-def check_file(
-    file: WeightFile, names: set[str], plan: FoldPlan, *, width: int | None = None
-) -> None:
-    """Raise DataInvalid unless the file holds these weights in the model's shapes.
-
-    ``width``: of the residual stream in this file where it is not the model's.
-    """
+def check_file(file: WeightFile, names: set[str], plan: FoldPlan, *, width: int) -> None:
+    """Raise DataInvalid unless the file holds these weights, of a model of this width."""
     for name in sorted(names):
-        _, weight = place(plan.shape, name)
-        sizes = [
-            width if width and stream == "residual" else plan.shape.size(stream)
-            for stream in weight.axes
-        ]
+        needed = stored_shape(plan.shape, name, width)
         found = file.layouts.get(name)
-        if found is None or list(found.shape) != sizes:
+        if found is None or found.shape != needed:
             told = "missing" if found is None else f"shape {list(found.shape)}"
-            raise DataInvalid(f"{name}: {told}; needed {sizes}")
+            raise DataInvalid(f"{name}: {told}; needed {list(needed)}")
 
 
 def read_norms(shards: Sequence[Path], plan: FoldPlan) -> dict[str, Tensor]:
@@ -203,7 +189,7 @@ def read_norms(shards: Sequence[Path], plan: FoldPlan) -> dict[str, Tensor]:
     for path in shards:
         with WeightFile(path) as file:
             here = wanted & set(file.layouts)
-            check_file(file, here, plan)
+            check_file(file, here, plan, width=plan.shape.width)
             for name in here:
                 found[name] = file.rows(name, 0, 1)[0].to(torch.float64)
     if missing := wanted - set(found):
@@ -211,98 +197,17 @@ def read_norms(shards: Sequence[Path], plan: FoldPlan) -> dict[str, Tensor]:
     return dict(sorted(found.items()))
 
 
-def stream_file(
-    file: WeightFile,
-    target: Path,
-    read: Mapping[str, str],
-    recipes: Mapping[str, Recipe],
-    dtype: str,
-    report: Report,
-) -> None:
-    """Write a file whose weights are made by recipe.
-
-    Args:
-        file: what is read.
-        target: written over.
-        read: from a new weight's name to that of ``file`` it is made of.
-        recipes: by new name.
-        dtype: of what is written; ``keep``: each weight's own.
-        report: told bytes written and in all.
-    """
-    layouts = {}
-    for name, made in recipes.items():
-        old = file.layouts[read[name]]
-        kept = old.dtype if dtype == "keep" else DTYPES[dtype]
-        layouts[name] = Layout(kept, made.shape(old.shape))
-
-    def blocks(name: str) -> Iterator[Tensor]:
-        for block in make_blocks(file, read[name], recipes[name], layouts[name].dtype):
-            yield _narrow(name, block, layouts[name].dtype)
-
-    write_weights(target, layouts, blocks, report=report)
-
-
-def make_blocks(file: WeightFile, name: str, made: Recipe, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield consecutive rows of the new weight, float64 or ``dtype``."""
-    if made.value is not None:
-        yield made.value[None]
-    elif made.left is not None:
-        yield from _by_columns(file, name, made, made.left, dtype)
-    else:
-        layout = file.layouts[name]
-        rows = layout.shape[0] if len(layout.shape) == 2 else 1
-        new, items = made.shape(layout.shape)[-1], (layout.dtype.itemsize, dtype.itemsize)
-        cost = row_cost(layout.shape[-1], new, items, permuted=made.columns is not None)
-        step = at_once(cost, rows)
-        for start in range(0, rows, step):
-            block = file.rows(name, start, min(start + step, rows), made.rows)
-            yield made.rows_of(block)
-
-
-def row_cost(old: int, new: int, items: tuple[int, int], *, permuted: bool) -> int:
-    """Bytes per row while rows are made: as read, twice where reordered; widened; made; written."""
-    item_in, item_out = items
-    return old * item_in * (2 if permuted else 1) + 8 * new + max(8 * old, item_out * new)
-
-
-def column_cost(old: int, rows: int, item_in: int, *, permuted: bool) -> int:
-    """Bytes per column while ``rows`` rows are made: reordered, widened, the product."""
-    return old * (8 + (item_in if permuted else 0)) + 8 * rows
-
-
-def at_once(cost: int, most: int) -> int:
-    """Return how many of what costs so many bytes fit BLOCK_BYTES: 1 to ``most``."""
-    return min(most, max(1, BLOCK_BYTES // cost))
-
-
-def _by_columns(
-    file: WeightFile, name: str, made: Recipe, left: Tensor, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """Yield rows of ``scale * left^T weight``: the weight is held as stored, widened in parts."""
-    layout = file.layouts[name]
-    old, last = layout.shape
-    whole = file.rows(name, 0, old)
-    new = int(left.shape[1])
-    rows = min(OUT_ROWS, new)
-    permuted, item_in = made.columns is not None, layout.dtype.itemsize
-    step = at_once(column_cost(old, rows, item_in, permuted=permuted), last)
-    for start in range(0, new, rows):
-        turned = left[:, start : start + rows].mT
-        block = torch.empty(turned.shape[0], last, dtype=dtype)
-        for first in range(0, last, step):
-            part = whole[:, first : first + step]
-            if made.columns is not None:
-                part = whole.index_select(1, made.columns[first : first + step])
-            product = (turned @ part.to(torch.float64)).mul_(made.scale)
-            block[:, first : first + step] = product
-        yield block
-
-
-def _narrow(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-    made = block.to(dtype)
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(made)):  # without a copy
-        raise DataInvalid(f"{name}: a number is not finite, or too large for {dtype}")
-    return made
+def layouts_of(
+    file: WeightFile, read: Mapping[str, str], plan: FoldPlan, *, width: int, dtype: str
+) -> dict[str, Layout]:
+    """Return dtype and shape of new weights; ``read``: from a new name to that in the file."""
+    return {
+        name: Layout(
+            file.layouts[of].dtype if dtype == "keep" else DTYPES[dtype],
+            stored_shape(plan.shape, name, width),
+        )
+        for name, of in read.items()
+    }
 
 
 def adapter_dtype(plan: FoldPlan) -> torch.dtype:
@@ -331,7 +236,7 @@ def write_adapters(target: Path, plan: FoldPlan, *, report: Report = silent) -> 
         if here is None or there is None:
             raise ValueError(f"variant {plan.variant} has no adapters")
         for start in range(0, plan.width, OUT_ROWS):
-            yield _narrow(name, there[:, start : start + OUT_ROWS].mT @ here, dtype)
+            yield (there[:, start : start + OUT_ROWS].mT @ here).to(dtype)
 
     write_weights(target, layouts, blocks, report=report)
 
@@ -349,24 +254,20 @@ def fold_bytes(plan: FoldPlan, *, maps: int | None = None) -> int:
     """
     shape = plan.shape
     held = len(plan.rotations) if maps is None else maps
-    sizes = {**shape.tensors(), shape.table.head: (shape.vocabulary, shape.width)}
-    most = max(_weight_bytes(plan, name, size) for name, size in sizes.items())
+    most = max(_weight_bytes(plan, name) for name in {*shape.tensors(), shape.table.head})
     if plan.turns:
         most = max(most, OUT_ROWS * plan.width * (8 + adapter_dtype(plan).itemsize))
     return 8 * held * shape.width * plan.width + 8 * (2 * shape.layers + 1) * shape.width + most
 
 
-def _weight_bytes(plan: FoldPlan, name: str, size: Sequence[int]) -> int:
+def _weight_bytes(plan: FoldPlan, name: str) -> int:
     layer, weight = place(plan.shape, name)
-    items = item_bytes(plan)
-    rows, old = (1, size[0]) if len(size) == 1 else size
     moved = None if layer is None else plan.permutations.get(layer)
     asked = {"queries": moved and moved.heads, "neurons": moved and moved.neurons}
+    old, new = (
+        Layout(DTYPES[shape.dtype], stored_shape(plan.shape, name, shape.width))
+        for shape in (plan.shape, plan.folded_shape())
+    )
+    mixed = plan.variant != "none" and weight.axes[0] == "residual" and len(weight.axes) == 2
     permuted = asked.get(weight.axes[-1]) is not None
-    if plan.variant != "none" and weight.axes[0] == "residual" and len(size) == 2:
-        made = min(OUT_ROWS, plan.width)
-        cost = column_cost(rows, made, items[0], permuted=permuted)
-        return rows * old * items[0] + made * old * items[1] + cost * at_once(cost, old)
-    new = plan.width if weight.axes[-1] == "residual" else old
-    cost = row_cost(old, new, items, permuted=permuted)
-    return cost * at_once(cost, rows)
+    return weight_bytes(old, new, mixed=mixed, permuted=permuted)

@@ -45,27 +45,16 @@ class Recipe:
     value: Tensor | None = None
     """[new in]: what stands there instead, whatever the weight was."""
 
-    def shape(self, old: Sequence[int]) -> tuple[int, ...]:
-        """Return the new weight's shape."""
-        if self.value is not None:
-            return tuple(self.value.shape)
-        last = old[-1] if self.right is None else int(self.right.shape[1])
-        if len(old) == 1:
-            return (last,)
-        return (old[0] if self.left is None else int(self.left.shape[1]), last)
+    def turned(self, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Make new rows [b, new in] of old ones [b, in]: all but ``rows``, ``columns``, ``left``.
 
-    def rows_of(self, block: Tensor) -> Tensor:
-        """Make new rows [b, new in] float64 of old ones [b, in]; what ``rows`` and ``left`` do not.
-
-        ``block`` may be overwritten where it is float64 already.
+        Args:
+            rows: float64, written over.
+            out: where the product goes, [b, new in] float64; None: to new memory.
         """
-        if self.columns is not None:
-            block = block.index_select(1, self.columns)
-        made = block.to(torch.float64)
         if self.before is not None:
-            made.mul_(self.before)
-        if self.right is not None:
-            made = made @ self.right
+            rows.mul_(self.before)
+        made = rows if self.right is None else torch.mm(rows, self.right, out=out)
         if self.after is not None:
             made.mul_(self.after)
         return made.mul_(self.scale) if self.scale != 1.0 else made
@@ -181,6 +170,12 @@ def _places(shape: ModelShape) -> Mapping[str, tuple[int | None, Weight]]:
     kept = {*shape.tensors(), shape.table.head}
     weights = shape.table.weights(shape.layers)
     return {name: (layer, weight) for name, layer, weight in weights if name in kept}
+
+
+def stored_shape(shape: ModelShape, name: str, width: int) -> tuple[int, ...]:
+    """Return a weight's shape in a model whose residual stream is so wide."""
+    _, weight = place(shape, name)
+    return tuple(width if axis == "residual" else shape.size(axis) for axis in weight.axes)
 
 
 def norm_names(shape: ModelShape) -> list[str]:

@@ -15,21 +15,17 @@ from core.tensors.language_models import INDEX, ModelFile, index_of
 from core.transport.fold_folders import copy_beside, weight_files, write_json
 from core.transport.fold_plans import FoldPlan
 from core.transport.fold_records import RECORD, read_record
-from core.transport.fold_shards import (
-    Report,
-    at_once,
-    check_file,
-    column_cost,
-    row_cost,
-    silent,
-    stream_file,
-)
+from core.transport.fold_shards import check_file, layouts_of
 from core.transport.folding import Recipe, inverse, norm_names, place, recipe, unfold_recipe
 from core.transport.weight_files import Layout, WeightFile
+from core.transport.weight_streams import Report, at_once, silent, stream_file
 
 ROUNDINGS, FLOOR = 8, 1e-9
 """How far a head may be from its embedding's and still be tied: in units in the last place, and at
 least, both of its largest number."""
+
+HELD = 6
+"""Blocks of float64 that a check has at once, at most: the last one's are freed one by one."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,13 @@ def unfold_shard(
             return ()
         check_file(file, set(names), plan, width=plan.width)
         _check_ones(file, names, plan)
-        recipes = {name: unfold_recipe(plan, name, norms) for name in names}
         read = {name: name for name in names}
-        stream_file(file, target, read, recipes, plan.shape.dtype, report)
+        layouts = layouts_of(file, read, plan, width=plan.shape.width, dtype=plan.shape.dtype)
+
+        def make(name: str) -> tuple[str, Recipe]:
+            return name, unfold_recipe(plan, name, norms)
+
+        stream_file(file, target, layouts, make, report)
     return names
 
 
@@ -114,7 +114,8 @@ def check_head(embedding: Path, head: Path, plan: FoldPlan, norms: Mapping[str, 
         check_file(new, {table.head}, plan, width=plan.width)
         layout = new.layouts[table.head]
         for start, stop in _row_blocks(layout, plan.shape.width):
-            made = there.rows_of(back.rows_of(old.rows(table.embedding, start, stop)))
+            rows = old.rows(table.embedding, start, stop).to(torch.float64)
+            made = there.turned(back.turned(rows))
             found = new.rows(table.head, start, stop).to(torch.float64)
             largest = max(largest, float(found.abs().max()))
             gap = max(gap, float(made.sub_(found).abs_().max()))
@@ -129,7 +130,7 @@ def check_head(embedding: Path, head: Path, plan: FoldPlan, norms: Mapping[str, 
 def round_trip(
     source: Path, plan: FoldPlan, *, norms: Mapping[str, Tensor], report: Report = silent
 ) -> RoundTrip:
-    """Fold a file's weights in float64 and unfold them; memory as of a fold, with wider blocks.
+    """Fold a file's weights in float64 and unfold them; memory as ``fold_bytes``.
 
     Orders are undone exactly and are left out here. A tied embedding is tried as the head too.
 
@@ -142,7 +143,7 @@ def round_trip(
     table, worst = plan.shape.table, RoundTrip(0.0, "", 0)
     with WeightFile(source) as file:
         names = unfolded_names(tuple(file.layouts), plan)
-        check_file(file, set(names), plan)
+        check_file(file, set(names), plan, width=plan.shape.width)
         read = {name: name for name in names}
         if plan.shape.tied and plan.absorbs and table.embedding in read:
             read[table.head] = table.embedding
@@ -170,7 +171,7 @@ def _error(file: WeightFile, name: str, made: Recipe) -> float:
     gap = largest = 0.0
     for old in _old_blocks(file, name, made):
         if made.left is None or back.left is None:
-            found = back.rows_of(made.rows_of(old.clone()))
+            found = back.turned(made.turned(old.clone()))
         else:
             found = back.left.mT @ (made.left.mT @ old).mul_(made.scale)
             found.mul_(back.scale)
@@ -183,22 +184,21 @@ def _old_blocks(file: WeightFile, name: str, made: Recipe) -> Iterator[Tensor]:
     """Yield all of a weight in float64: rows, or columns where rows are mixed."""
     layout = file.layouts[name]
     if made.left is None:
-        new = made.shape(layout.shape)[-1]
+        new = layout.shape[-1] if made.right is None else int(made.right.shape[1])
         for start, stop in _row_blocks(layout, new):
             yield file.rows(name, start, stop).to(torch.float64)
         return
     rows, last = layout.shape
     whole = file.rows(name, 0, rows)
     new = int(made.left.shape[1])
-    step = at_once(column_cost(rows, new, 0, permuted=False), last)
+    step = at_once(8 * HELD * max(rows, new), last)
     for first in range(0, last, step):
         yield whole[:, first : first + step].to(torch.float64)
 
 
 def _row_blocks(layout: Layout, new: int) -> Iterator[tuple[int, int]]:
     rows = layout.shape[0] if len(layout.shape) == 2 else 1
-    items = (layout.dtype.itemsize, torch.float64.itemsize)
-    step = at_once(row_cost(layout.shape[-1], new, items, permuted=False), rows)
+    step = at_once(8 * HELD * max(layout.shape[-1], new), rows)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

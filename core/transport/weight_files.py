@@ -68,21 +68,38 @@ class WeightFile:
     ) -> None:
         self._file.close()
 
-    def rows(self, name: str, start: int, stop: int, order: Tensor | None = None) -> Tensor:
-        """Read rows ``order[start:stop]`` (None: start to stop - 1); a tensor of one axis is a row.
+    def rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        *,
+        order: Tensor | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """Read rows ``order[start:stop]`` of a tensor; one of a single axis is one row.
+
+        Args:
+            name: of the tensor.
+            start: first row.
+            stop: the row after the last.
+            order: [rows] int64; None: as they lie.
+            into: [stop - start, last axis], contiguous, of the tensor's dtype; None: new memory.
 
         Returns:
-            [stop - start, last axis], as stored, its own memory.
+            [stop - start, last axis], as stored.
+
+        Raises:
+            DataInvalid: the file has become shorter since it was opened.
         """
         layout = self.layouts[name]
         last = layout.shape[-1] if layout.shape else 1
+        made = torch.empty(stop - start, last, dtype=layout.dtype) if into is None else into
         width = last * layout.dtype.itemsize
-        made = torch.empty((stop - start) * width, dtype=torch.uint8)
-        if made.numel():
-            view = made.numpy().data
-            for at, first, count in _runs(start, stop, order):
-                self._read(view[at * width : (at + count) * width], layout.start + first * width)
-        return made.view(layout.dtype).view(stop - start, last)
+        view = made.view(-1).view(torch.uint8).numpy().data
+        for at, first, count in _runs(start, stop, order):
+            self._read(view[at * width : (at + count) * width], layout.start + first * width)
+        return made
 
     def _read(self, into: memoryview, offset: int) -> None:
         while len(into):
@@ -98,6 +115,8 @@ def _runs(start: int, stop: int, order: Tensor | None) -> Iterator[tuple[int, in
         yield 0, start, stop - start
         return
     wanted = order[start:stop]
+    if not len(wanted):
+        return
     breaks = ((wanted[1:] != wanted[:-1] + 1).nonzero().flatten() + 1).tolist()
     edges = [0, *breaks, stop - start]
     for at, end in itertools.pairwise(edges):

@@ -16,7 +16,7 @@ from torch import Tensor
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel, ModelFile
-from core.transport import fold_shards
+from core.transport import weight_streams
 from core.transport.fold_folders import fold_folder, shape_of, weight_files
 from core.transport.fold_plans import FoldPlan
 from core.transport.fold_records import RECORD, read_record
@@ -101,8 +101,8 @@ def test_the_same_plan_gives_the_same_bytes_and_blocks_change_no_number(
     plan = plan_of(shape_of(source), "global", width=48, permuted=True)
     fold_folder(source, tmp_path / "a", plan)
     fold_folder(source, tmp_path / "b", plan)
-    monkeypatch.setattr(fold_shards, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(fold_shards, "OUT_ROWS", 7)
+    monkeypatch.setattr(weight_streams, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(weight_streams, "OUT_ROWS", 7)
     fold_folder(source, tmp_path / "c", plan)
 
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -272,7 +272,7 @@ def test_memory_is_the_maps_one_weight_that_writes_and_a_block() -> None:
 
     maps = 8 * 2048 * 5120 + 8 * 73 * 2048
     down = 2 * 2048 * 11008 + 2 * 512 * 11008
-    assert maps + down < asked <= maps + down + fold_shards.BLOCK_BYTES
+    assert maps + down < asked <= maps + down + weight_streams.BLOCK_BYTES
     assert fold_bytes(plan, maps=3) - asked == 2 * 8 * 2048 * 5120
 
 

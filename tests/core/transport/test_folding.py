@@ -206,7 +206,6 @@ def test_inverse_undoes_a_recipe(rows: list[int], columns: list[int], kind: str,
 
     there = _apply(made, weight)
 
-    assert there.shape == made.shape(weight.shape)
     torch.testing.assert_close(_apply(inverse(made, "weight"), there), weight)
 
 

@@ -25,7 +25,7 @@ def test_rows_are_those_of_the_library(dtype: torch.dtype, tmp_path: Path) -> No
     with WeightFile(tmp_path / "f") as file:
         order = torch.tensor([7, 8, 9, 0, 3, 2, 1, 11, 10, 6, 5, 4])
         assert torch.equal(file.rows("w", 2, 9), weight[2:9])
-        assert torch.equal(file.rows("w", 1, 11, order), weight[order[1:11]])
+        assert torch.equal(file.rows("w", 1, 11, order=order), weight[order[1:11]])
         assert torch.equal(file.rows("v", 0, 1), weight[:, 0][None])
         assert file.rows("w", 3, 3).shape == (0, 5)
         assert file.layouts["w"].size_bytes == 60 * dtype.itemsize
@@ -43,7 +43,7 @@ def test_any_order_may_be_read(
 
     with WeightFile(path) as file:
         assert torch.equal(
-            file.rows("w", start, stop, torch.tensor(order)), weight[order[start:stop]]
+            file.rows("w", start, stop, order=torch.tensor(order)), weight[order[start:stop]]
         )
 
 
