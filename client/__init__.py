@@ -3,6 +3,7 @@
 from client.api import Stillroom
 from client.errors import (
     ApiError,
+    BadManifest,
     BadReference,
     FileInTheWay,
     HashMismatch,
@@ -13,6 +14,7 @@ from client.wire import Retry
 
 __all__ = [
     "ApiError",
+    "BadManifest",
     "BadReference",
     "FileInTheWay",
     "HashMismatch",

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import httpx2
 
-from client import downloads, events, packing, uploads
+from client import downloads, events, folders, packing, uploads
 from client.downloads import Report
 from client.errors import NoSuchArtifact
 from client.events import Event
@@ -268,6 +268,24 @@ class Stillroom:
         sha256 = self._sha256(job_id, name) if slash else source
         return downloads.fetch(
             self._wire, sha256, Path(path), overwrite=overwrite, on_progress=on_progress
+        )
+
+    def download_folder(
+        self,
+        source: str,
+        folder: Path | str,
+        *,
+        overwrite: bool = False,
+        reports: Callable[[str], Report] | None = None,
+    ) -> Sequence[Path]:
+        """Fetch the files of a language model (a SHA-256, or ``job_id/name``) into ``folder``.
+
+        ``reports`` is asked, with each file's name, for what is told how far that file is.
+        """
+        job_id, slash, name = source.partition("/")
+        sha256 = self._sha256(job_id, name) if slash else source
+        return folders.fetch_folder(
+            self._wire, sha256, Path(folder), overwrite=overwrite, reports=reports
         )
 
     def _sha256(self, job_id: str, name: str) -> str:

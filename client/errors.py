@@ -51,6 +51,10 @@ class FileInTheWay(StillroomError):
     """Another file stands where a download should go, and overwriting was not asked for."""
 
 
+class BadManifest(StillroomError):
+    """The artifact is no list of a model's files, or one that no folder can be made of."""
+
+
 class NotUploadable(StillroomError):
     """The path is nothing that can be sent as one artifact."""
 

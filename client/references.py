@@ -15,6 +15,11 @@ def is_job_id(text: str) -> bool:
     return _JOB_ID.fullmatch(text) is not None
 
 
+def is_sha256(text: str) -> bool:
+    """Tell whether a text has the form of a SHA-256."""
+    return _SHA256.fullmatch(text) is not None
+
+
 def not_a_job(text: str) -> str:
     """Say what is wrong with a text that is no job's id."""
     return f"{text[:80]!r} is not a job's id: job_ and 26 letters and digits"
@@ -37,7 +42,7 @@ def artifact_path(sha256: str, *more: str) -> str:
     Raises:
         BadReference: that is no SHA-256.
     """
-    if _SHA256.fullmatch(sha256) is None:
+    if not is_sha256(sha256):
         raise BadReference(f"{sha256[:80]!r} is not a SHA-256: 64 lower-case hex digits")
     return _path("artifacts", sha256, *more)
 

@@ -132,6 +132,12 @@ class WorkerLost(StillroomError):
     attempts = 5
 
 
+class GateFailed(StillroomError):
+    """What a job had to reach was missed; its report tells by how much."""
+
+    status = 422
+
+
 class PlanFailed(StillroomError):
     """A kind could not cut its job into chunks, for a reason that nobody foresaw."""
 

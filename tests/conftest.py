@@ -150,6 +150,7 @@ def runner(engine: Engine, store: LocalStore, clock: Clock, tmp_path: Path) -> R
 def make_runner(
     engine: Engine, store: LocalStore, clock: Any, tmp_path: Path, owner: str = "w1"
 ) -> Runner:
+    """A runner that may read the models in ``tmp_path / "models"``."""
     return Runner(
         engine=engine,
         store=store,
@@ -159,6 +160,7 @@ def make_runner(
         clock=clock,
         rules=Rules(),
         on_stuck=lambda: None,
+        model_roots=(tmp_path / "models",),
     )
 
 

@@ -1,14 +1,18 @@
 """``still get`` and ``still upload``: files out of and into the service."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 
 from client.api import Stillroom
 from client.bars import transfers
+from client.downloads import Report
+from client.folders import FORMAT
 from client.inputs import JOB_ID, TEXT
 from client.render import size
 from client.session import FAILED, say, say_json, screen, session
@@ -23,12 +27,16 @@ def safe_name(offered: str, otherwise: str) -> str:
     return kept or re.sub(r"\W", "_", otherwise) or "artifact"
 
 
-def file_names(outputs: Iterable[Output]) -> dict[str, str]:
-    """Return artifact name -> file name; files of the same name get the artifact's before it."""
+def file_names(outputs: Iterable[Output], *, whole: bool = False) -> dict[str, str]:
+    """Return artifact name -> file name; files of the same name get the artifact's before it.
+
+    ``whole``: a language model is a folder, which has the artifact's name.
+    """
     names: dict[str, str] = {}
     taken: set[str] = set()
     for output in outputs:
-        file = safe_name(output["file_name"], output["name"])
+        offered = output["name" if whole and output["format"] == FORMAT else "file_name"]
+        file = safe_name(offered, output["name"])
         if file.lower() in taken:
             file = f"{safe_name(output['name'], 'artifact')}-{file}"
         taken.add(file.lower())
@@ -47,38 +55,50 @@ def file_names(outputs: Iterable[Output]) -> dict[str, str]:
     help="Made if absent. [default: the current folder]",
 )
 @click.option("--force", is_flag=True, help="Overwrite files that hold something else.")
-def get(job_id: str, names: tuple[str, ...], output_dir: Path, *, force: bool) -> None:
-    """Download a job's artifacts, all or those named; each is checked against its SHA-256."""
+@click.option("--manifest", is_flag=True, help="Of a language model the list of files alone.")
+def get(
+    job_id: str, names: tuple[str, ...], output_dir: Path, *, force: bool, manifest: bool
+) -> None:
+    """Download a job's artifacts, all or those named; each is checked against its SHA-256.
+
+    A language model comes as a folder of the artifact's name, as from_pretrained loads it. What
+    broke off goes on where it stopped when the same command is given again.
+    """
     here, console = session(), screen()
     with here.client() as client:
         outputs = _wanted(client, job_id, names)
         output_dir.mkdir(parents=True, exist_ok=True)
         quiet = Console(quiet=True) if here.as_json else console
-        paths = _fetch_all(client, outputs, output_dir, quiet, force=force)
-    found = [
-        {"name": o["name"], "sha256": o["sha256"], "size_bytes": o["size_bytes"], "path": str(p)}
-        for o, p in zip(outputs, paths, strict=True)
-    ]
+        with transfers(quiet) as start:
+            fetch = partial(_fetch, client, start, force=force, whole=not manifest)
+            files = file_names(outputs, whole=not manifest)
+            found = [fetch(output, output_dir / files[output["name"]]) for output in outputs]
     if here.as_json:
         say_json(found)
         return
-    for output, path in zip(outputs, paths, strict=True):
-        say(f"{output['name']}\t{path}\t{size(output['size_bytes'])}\t{output['sha256']}")
+    for row in found:
+        say(f"{row['name']}\t{row['path']}\t{size(row['size_bytes'])}\t{row['sha256']}")
 
 
-def _fetch_all(
-    client: Stillroom, outputs: Sequence[Output], folder: Path, console: Console, *, force: bool
-) -> list[Path]:
-    files, paths = file_names(outputs), []
-    with transfers(console) as start:
-        for output in outputs:
-            path = folder / files[output["name"]]
-            report = start(path.name)
-            paths.append(
-                client.download(output["sha256"], path, overwrite=force, on_progress=report)
-            )
-            report(output["size_bytes"], output["size_bytes"])
-    return paths
+def _fetch(
+    client: Stillroom,
+    start: Callable[[str], Report],
+    output: Output,
+    path: Path,
+    *,
+    force: bool,
+    whole: bool,
+) -> dict[str, Any]:
+    """Fetch an artifact into a file, or a language model into a folder; say what is there now."""
+    row = {"name": output["name"], "sha256": output["sha256"], "path": str(path)}
+    if whole and output["format"] == FORMAT:
+        made = client.download_folder(output["sha256"], path, overwrite=force, reports=start)
+        size_bytes = sum(file.stat().st_size for file in made)
+        return {**row, "size_bytes": size_bytes, "files": [file.name for file in made]}
+    report = start(path.name)
+    client.download(output["sha256"], path, overwrite=force, on_progress=report)
+    report(output["size_bytes"], output["size_bytes"])
+    return {**row, "size_bytes": output["size_bytes"]}
 
 
 def _wanted(client: Stillroom, job_id: str, names: tuple[str, ...]) -> list[Output]:

@@ -157,12 +157,12 @@ def _eps(config: Mapping[str, Any]) -> float:
 
 def _dtype(config: Mapping[str, Any]) -> str:
     value = config.get("dtype", config.get("torch_dtype")) or "float32"
-    if value not in ITEM_BYTES:
+    if not isinstance(value, str) or value not in ITEM_BYTES:
         raise DataInvalid(
             f"config.json: dtype {str(value)[:60]!r}; allowed: {', '.join(ITEM_BYTES)}; weights "
             "that are quantised cannot be rotated"
         )
-    return str(value)
+    return value
 
 
 def _check_blocks(config: Mapping[str, Any]) -> None:

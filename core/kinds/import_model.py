@@ -37,11 +37,11 @@ from core.tensors.model_folders import CONFIG, SMALL, TOKENIZER, Found
 
 COPIERS = 16
 MIB = 1 << 20
-LOOK_BYTES = 64 * MIB
+LOOK_BYTES = 256 * MIB
 COPY_BYTES = 256 * MIB
 CHECK_BYTES = 1024 * MIB
-"""What the stages take at most: an index of 64 MiB; blocks of 16 MiB and the masks beside them;
-transformers itself and a tokenizer of 256 MiB."""
+"""What the stages take at most: an index of 16 MiB; blocks of 16 MiB and the masks beside them
+(measured: 53 MiB); a tokenizer, 14 times its file, which is 64 MiB at most (15 MiB: 211 MiB)."""
 _PART = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 

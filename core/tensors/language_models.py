@@ -47,7 +47,8 @@ class LanguageModel:
     exact: bool = True
     """Whether it computes what the model it was made from computes."""
     adapters: bool = False
-    """Whether the residual stream turns between layers, which takes our own module to load."""
+    """Whether it takes our own module to load: the residual stream turns between layers, or is of
+    a width that transformers refuses."""
 
     @property
     def shards(self) -> tuple[ModelFile, ...]:

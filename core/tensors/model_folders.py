@@ -24,14 +24,14 @@ CONFIG, TOKENIZER, ONE_SHARD = "config.json", "tokenizer.json", "model.safetenso
 SMALL: Mapping[str, int] = {
     CONFIG: MIB,
     "generation_config.json": MIB,
-    TOKENIZER: 256 * MIB,
+    TOKENIZER: 64 * MIB,
     "tokenizer_config.json": 16 * MIB,
     "special_tokens_map.json": 16 * MIB,
     "chat_template.json": 4 * MIB,
     "chat_template.jinja": 4 * MIB,
 }
 """What is wanted beside the shards -> how large it may be; the first and tokenizer.json must be."""
-MOST_INDEX_BYTES = 64 * MIB
+MOST_INDEX_BYTES = 16 * MIB
 MOST_SHARDS = 4096
 OUTWARD = re.compile(
     r"auto_map|trust_remote_code|custom_\w+|fusion_config|_?name_or_path|_commit_hash|\w+_files?"
@@ -88,7 +88,7 @@ def find_hub(roots: Sequence[Path], hub: str, revision: str) -> Found:
     """
     _check_roots(roots, "/hub")
     cache = f"models--{hub.replace('/', '--')}"
-    there = [root for root in roots if (root / cache).is_dir()]
+    there = [root for root in roots if _real(root / cache) is not None]
     for root in there:
         top, commit = root.resolve(), _commit(root, cache, revision)
         place = None if commit is None else _real(root / cache / "snapshots" / commit)
@@ -169,10 +169,10 @@ def _shards(found: Found) -> list[str]:
     if _is_there(found, ONE_SHARD):
         return [ONE_SHARD]
     if not _is_there(found, INDEX):
-        pickled = any(each.name.endswith((".bin", ".pt", ".pth")) for each in _entries(found))
+        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in _names(found))
         raise DataInvalid(
-            f"{ONE_SHARD}: missing, and no {INDEX}; "
-            + ("pickled weights are never read: save them as safetensors" if pickled else "")
+            f"{ONE_SHARD}: missing, and no {INDEX}; needed weights as safetensors"
+            + (", pickled ones are never read" if pickled else "")
         )
     told = read_json(found, INDEX, most=MOST_INDEX_BYTES).get("weight_map")
     if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
@@ -189,8 +189,11 @@ def _shards(found: Found) -> list[str]:
     return shards
 
 
-def _entries(found: Found) -> list[Path]:
-    return sorted(found.folder.iterdir())
+def _names(found: Found) -> list[str]:
+    try:
+        return os.listdir(found.folder)
+    except OSError as error:
+        raise DataInvalid(f"the folder cannot be read: {error.strerror}") from error
 
 
 def _is_there(found: Found, name: str) -> bool:

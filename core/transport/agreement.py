@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
+from core.transport.foreign import loaded, said
+from core.transport.tokens import load_tokenizer
 
-T = TypeVar("T")
 SAMPLE = "A model, 1 text.\n"
 """Any text does: what is asked is whether offsets come with its tokens."""
 
@@ -27,7 +33,7 @@ def check_model(folder: Path, shape: ModelShape) -> None:
     Raises:
         DataInvalid: transformers refuses the configuration, or weights or facts differ.
     """
-    config = _loaded(AutoConfig, folder, "config.json")
+    config = loaded(AutoConfig, folder, "config.json")
     read = replace(ModelShape.of(config.to_dict()), dtype=shape.dtype)
     if read != shape:
         odd = next(name for name, value in shape.meta().items() if getattr(read, name) != value)
@@ -36,26 +42,24 @@ def check_model(folder: Path, shape: ModelShape) -> None:
             f"{getattr(shape, odd)}; write it out"
         )
     with torch.device("meta"):
-        built = _said("config.json", lambda: AutoModelForCausalLM.from_config(config))
+        make: Callable[[Any], PreTrainedModel] = AutoModelForCausalLM.from_config
+        built = said("config.json", lambda: make(config))
     wanted = {name: tuple(weight.shape) for name, weight in built.named_parameters()}
     for name in sorted(wanted.keys() ^ shape.tensors().keys()):
         whose = "transformers" if name in wanted else "the table of weights"
         raise DataInvalid(f"config.json: the weight {name} is of {whose} alone")
     if (folder / "generation_config.json").exists():
-        _loaded(GenerationConfig, folder, "generation_config.json")
+        loaded(GenerationConfig, folder, "generation_config.json")
 
 
 def count_tokens(folder: Path, shape: ModelShape) -> int:
     """Return how many ids a folder's tokenizer can give: one more than the largest.
 
-    tokenizer.json is taken as it stands: AutoTokenizer puts the family's own way of cutting in its
-    place where the class named beside it is another.
-
     Raises:
         DataInvalid: it does not load, gives no offsets, or an id beyond the vocabulary.
     """
-    tokenizer = _loaded(PreTrainedTokenizerFast, folder, "tokenizer.json")
-    ids = _said("tokenizer.json", lambda: _ids(tokenizer))
+    tokenizer = load_tokenizer(folder)
+    ids = said("tokenizer.json", lambda: _ids(tokenizer))
     tokens = max(ids, default=0) + 1
     if tokens > shape.vocabulary:
         raise DataInvalid(
@@ -69,17 +73,3 @@ def _ids(tokenizer: Any) -> list[int]:
     if len(cut["offset_mapping"]) != len(cut["input_ids"]):
         raise ValueError("offsets and tokens differ in number")
     return [*tokenizer.get_vocab().values(), *cut["input_ids"]]
-
-
-def _loaded(what: Any, folder: Path, name: str) -> Any:
-    """Load from files that are here alone; none of these classes runs anybody's code unasked."""
-    return _said(name, lambda: what.from_pretrained(folder, local_files_only=True))
-
-
-def _said(name: str, make: Callable[[], T]) -> T:
-    """Return what transformers makes; whatever it raises is said of the file."""
-    try:
-        return make()
-    except Exception as error:
-        told = " ".join(str(error).split())[:300]
-        raise DataInvalid(f"{name}: transformers refuses it: {told}") from error

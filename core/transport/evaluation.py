@@ -125,7 +125,10 @@ class _Run:
         wanted = terms.layers or range(shape.layers)
         self.sites = {
             site: SiteScores(
-                len(texts), mean=terms.means.get(site), subspace=terms.subspaces.get(site)
+                len(texts),
+                teacher_width=other.width,
+                mean=terms.means.get(site),
+                subspace=terms.subspaces.get(site),
             )
             for site in places.sites(shape)
             if places.layer_of(site) in {None, *wanted}
@@ -203,7 +206,7 @@ class _Pass:
         self.table = Table(batch.counts, device)
         self.text = torch.tensor(batch.texts, device=device)[self.table.text]
         self.rows: dict[str, tuple[Tensor, Tensor]] = {}
-        """By site: the student's paired rows, normalised, and the stream's lengths."""
+        """By site: the student's paired rows, normalised, and the stream's RMS."""
         self.seed = (run.terms.seed * 1_000_003 + number) % (1 << 63)
         self.device, self.steps = device, 0
 
@@ -218,11 +221,11 @@ class _Pass:
 
     def _student(self, site: str, stream: Tensor, eps: float) -> None:
         rows = self._take(stream, self.batch.student_rows)
-        self.rows[site] = normalised(rows, eps), lengths(rows)
+        self.rows[site] = normalised(rows, eps), _rms(rows)
         self._step()
 
     def _teacher(self, site: str, stream: Tensor, eps: float) -> None:
-        length = lengths(self._take(stream, self.batch.teacher_rows))
+        size = _rms(self._take(stream, self.batch.teacher_rows))
         if self.batch.spans is None:
             rows = normalised(self._take(stream, self.batch.teacher_rows), eps)
         else:
@@ -230,18 +233,18 @@ class _Pass:
             each = normalised(self._take(stream, within), eps)
             rows = torch.segment_reduce(each, "mean", lengths=sizes.to(each.device), axis=0)
         for own in self.run.beside[site]:
-            self._meet(own, *self.rows.pop(own), rows, length)
+            self._meet(own, *self.rows.pop(own), rows, size)
             self._step()
 
-    def _meet(self, site: str, x: Tensor, x_length: Tensor, y: Tensor, y_length: Tensor) -> None:
+    def _meet(self, site: str, x: Tensor, x_rms: Tensor, y: Tensor, y_rms: Tensor) -> None:
         run = self.run
-        counts = self.table.weights([x_length.to(y_length), y_length], run.terms.capture) > 0
+        counts = self.table.weights([x_rms.to(y_rms), y_rms], run.terms.capture) > 0
         partner = strangers(int(counts.sum()), self.seed).to(y.device)
         turn = None if run.maps is None else run.maps[site]
         run.sites[site].add(
             at_width(x.to(y)[counts], run.width, turn),
             at_width(y[counts], run.width),
-            lengths=(x_length.to(y_length)[counts], y_length[counts]),
+            rms=(x_rms.to(y_rms)[counts], y_rms[counts]),
             texts=self.text[counts],
             partner=partner,
         )
@@ -284,6 +287,11 @@ def _final(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the states behind the final norm, [B, T, d]."""
     states: Tensor = model.base_model(input_ids=ids.to(first_device(model)), use_cache=False)[0]
     return states
+
+
+def _rms(stream: Tensor) -> Tensor:
+    """Return [P]: a fold that widens the stream lengthens it too, so that this stays."""
+    return lengths(stream) / math.sqrt(stream.shape[-1])
 
 
 def _same(own: Ints, teacher: Ints) -> bool:

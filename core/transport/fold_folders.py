@@ -51,8 +51,7 @@ def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif (folder / INDEX).is_file():
-        told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(told["weight_map"].values()))
+        names = _indexed(folder / INDEX)
     else:
         raise DataInvalid("model: needed model.safetensors or an index of several")
     if outside := [name for name in names if "/" in name or not (folder / name).is_file()]:
@@ -62,6 +61,13 @@ def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
         with WeightFile(folder / name) as file:
             found[name] = tuple(file.layouts)
     return found
+
+
+def _indexed(path: Path) -> list[str]:
+    try:
+        return sorted({str(name) for name in json.loads(path.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataInvalid(f"{INDEX}: needed a JSON object with a weight_map") from error
 
 
 def fold_folder(source: Path, target: Path, plan: FoldPlan, *, report: Report = silent) -> Path:

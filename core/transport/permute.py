@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,69 +19,36 @@ from torch import Tensor
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.specs.transport import Permute
+from core.transport.moments import HeadMoments, NeuronMoments
 from core.transport.permutations import LayerPermutation
 
+ROUNDING = 1e-9
+"""A likeness that falls by less did not fall."""
 STAYS = 1e-9
 """Added where a thing would stay at its place: of equal choices the one that moves less."""
 Matrix = NDArray[np.float64]
 
 
-class NeuronSums(Protocol):
-    """Sums over aligned tokens of the inputs of ``down_proj``: x the student's, y the teacher's."""
-
-    @property
-    def n(self) -> Tensor: ...  # noqa: D102
-    @property
-    def sum_x(self) -> Tensor: ...  # noqa: D102
-    @property
-    def sum_y(self) -> Tensor: ...  # noqa: D102
-    @property
-    def xx(self) -> Tensor: ...  # noqa: D102
-    @property
-    def yy(self) -> Tensor: ...  # noqa: D102
-    @property
-    def xy(self) -> Tensor: ...  # noqa: D102
-
-
-class HeadSums(Protocol):
-    """Inner products of attention maps: ``xx`` [H_s], ``yy`` [H_t], ``xy`` [H_s, H_t]."""
-
-    @property
-    def xx(self) -> Tensor: ...  # noqa: D102
-    @property
-    def yy(self) -> Tensor: ...  # noqa: D102
-    @property
-    def xy(self) -> Tensor: ...  # noqa: D102
-
-
-def chosen_layers(options: Permute, layers: int) -> tuple[int, ...]:
-    """Return the student's layers whose statistics are kept, rising.
+def check_layers(options: Permute, layers: int) -> None:
+    """Refuse a layer that a student of so many layers does not have.
 
     Raises:
-        SpecInvalid: a layer that was told is beyond the last.
+        SpecInvalid: names it.
     """
-    if not options.heads and not options.neurons:
-        return ()
-    if options.layers == "all":
-        return tuple(range(layers))
-    if options.layers == "every_other":
-        return tuple(range(0, layers, 2))
+    if isinstance(options.layers, str):
+        return
     for layer in options.layers:
         if layer >= layers:
             raise SpecInvalid(
                 f"layer {layer}; the student has 0 to {layers - 1}", pointer="/permute/layers"
             )
-    return tuple(sorted(set(options.layers)))
 
 
-def correlations(of: NeuronSums) -> Tensor:
+def correlations(of: NeuronMoments) -> Tensor:
     """Return the correlation of every neuron with every one of the teacher's, [M_s, M_t] float64.
 
     0 where either never changes. The sign counts: a SwiGLU's activations are signed, and an order
     cannot turn one round.
-
-    Args:
-        of: ``xx`` [M_s] and ``yy`` [M_t] hold squares alone, ``xy`` is [M_s, M_t].
 
     Raises:
         DataInvalid: shapes do not fit together, no token counts, or a number is not finite.
@@ -106,7 +73,7 @@ def _inverse_spread(squares: Tensor, sums: Tensor, n: float) -> Tensor:
     return torch.where(alive, spread.clamp(min=1e-300).rsqrt(), torch.zeros_like(spread))
 
 
-def resemblance(of: HeadSums) -> Tensor:
+def resemblance(of: HeadMoments) -> Tensor:
     """Return the cosine of every head's maps with every one of the teacher's, [H_s, H_t] float64.
 
     Raises:
@@ -146,7 +113,7 @@ def _assign(similarity: Matrix) -> list[int]:
     return [int(at) for at in columns]
 
 
-def match_neurons(of: NeuronSums) -> tuple[int, ...]:
+def match_neurons(of: NeuronMoments) -> tuple[int, ...]:
     """Return the order of neurons [M] whose activations correlate most with the teacher's."""
     return match(correlations(of))
 
@@ -186,8 +153,8 @@ def match_heads(similarity: Tensor, kv_heads: int) -> tuple[tuple[int, ...], tup
 class LayerSums:
     """What is known of one layer of the student and the teacher's beside it; None: not kept."""
 
-    neurons: NeuronSums | None = None
-    heads: HeadSums | None = None
+    neurons: NeuronMoments | None = None
+    heads: HeadMoments | None = None
 
 
 def match_layer(
@@ -248,12 +215,16 @@ def _figures(
         "before": before,
         "after": after,
         "moved": sum(at != place for place, at in enumerate(order)),
-        "hurt": after < before,
+        "hurt": after < before - ROUNDING,
         "skipped": None,
     }
     if held_out is not None:
         before, after = _means(order, measure(held_out))
-        told |= {"held_out_before": before, "held_out_after": after, "hurt": after < before}
+        told |= {
+            "held_out_before": before,
+            "held_out_after": after,
+            "hurt": after < before - ROUNDING,
+        }
     return told
 
 

@@ -107,8 +107,8 @@ def _checked(site: str, of: Moments) -> Moments:
     d_s, d_t = len(of.sum_x), len(of.sum_y)
     if (of.xx.shape, of.yy.shape, of.xy.shape) != ((d_s, d_s), (d_t, d_t), (d_s, d_t)):
         raise DataInvalid(f"moments of {site}: the shapes of sums and products do not fit")
-    wide = Moments(*(getattr(of, name).double() for name in Moments.__dataclass_fields__))
-    if not all(bool(getattr(wide, name).isfinite().all()) for name in Moments.__dataclass_fields__):
+    wide = Moments(*(sums.double() for sums in of.tensors().values()))
+    if not all(bool(sums.isfinite().all()) for sums in wide.tensors().values()):
         raise DataInvalid(f"moments of {site}: a number is not finite")
     if not float(wide.n) > 0:
         raise DataInvalid(f"moments of {site}: no row counts (n is {float(wide.n):g})")

@@ -26,6 +26,8 @@ WHITENED = (
 TOLERANCE = 1e-8
 """Of a stored rotation's orthogonality, max abs; a float64 solve leaves some 1e-13."""
 MOST_LAYERS = 4096
+MEANS = "teacher_mean."
+"""Before a site's name."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FORMAT = {"format": "rotations", "version": 1}
 _WHOLE = ("stage_layers", "layers", "student_width", "teacher_width")
@@ -37,6 +39,8 @@ def save_rotations(path: Path, found: RotationSet) -> None:
     for group, one in found.maps.items():
         for name in _parts(orthogonal=one.orthogonal):
             tensors[f"{group}.{name}"] = getattr(one, name).double().cpu().numpy()
+    for site, mean in found.means.items():
+        tensors[f"{MEANS}{site}"] = mean.double().cpu().numpy()
     shards.save(path, tensors, _manifest(found))
 
 
@@ -71,6 +75,8 @@ def load_rotations(path: Path) -> RotationSet:
         for group, told in manifest["groups"].items()
         for name in _parts(orthogonal=told["orthogonal"])
     }
+    means = {name for name in tensors if name.removeprefix(MEANS) in _all_sites(manifest)}
+    expected |= means
     if odd := sorted(expected ^ tensors.keys()):
         raise DataInvalid(f"rotations: {odd[0]} is {'missing' if odd[0] in expected else 'odd'}")
     for name, array in tensors.items():
@@ -79,7 +85,21 @@ def load_rotations(path: Path) -> RotationSet:
     order = sorted(manifest["groups"], key=lambda group: _place(manifest, group))
     maps = {group: _one(group, manifest, tensors) for group in order}
     facts = {name: manifest[name] for name in (*_WHOLE, "tie", "sources", "diagnostics")}
-    return RotationSet(maps=maps, **facts)
+    return RotationSet(maps=maps, means=_means(manifest, tensors, means), **facts)
+
+
+def _all_sites(manifest: Mapping[str, Any]) -> set[str]:
+    return {site for told in manifest["groups"].values() for site in told["sites"]}
+
+
+def _means(
+    manifest: Mapping[str, Any], tensors: Mapping[str, Any], names: set[str]
+) -> dict[str, Tensor]:
+    width = manifest["teacher_width"]
+    for name in names:
+        if tensors[name].shape != (width,):
+            raise DataInvalid(f"{name}: shape {list(tensors[name].shape)}; needed [{width}]")
+    return {name.removeprefix(MEANS): torch.from_numpy(tensors[name]) for name in sorted(names)}
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:

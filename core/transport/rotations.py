@@ -101,6 +101,8 @@ class RotationSet:
     """SHA-256 of what they were solved from, by what it is, such as ``student`` and ``ledger``."""
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """By group: JSON values of ``rotate.solve`` and ``refine.refine``."""
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site of the student: the teacher's mean row on the texts fitted on, [d_t] float64."""
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -146,6 +148,7 @@ def join(sets: list[RotationSet]) -> RotationSet:
     first = sets[0]
     maps: dict[str, Rotation | Unwhitened] = {}
     diagnostics: dict[str, Any] = {}
+    means: dict[str, Tensor] = {}
     for other in sets:
         if _facts(other) != _facts(first):
             raise DataInvalid(f"rotations: {_facts(other)} cannot be joined to {_facts(first)}")
@@ -153,9 +156,10 @@ def join(sets: list[RotationSet]) -> RotationSet:
             raise DataInvalid(f"rotations: {', '.join(twice)} is in two of the sets; needed in one")
         maps.update(other.maps)
         diagnostics.update(other.diagnostics)
+        means.update(other.means)
     ordered = {group: maps[group] for group in first.groups if group in maps}
     told = {group: diagnostics[group] for group in ordered if group in diagnostics}
-    return RotationSet(**_facts(first), maps=ordered, diagnostics=told)
+    return RotationSet(**_facts(first), maps=ordered, diagnostics=told, means=means)
 
 
 def _facts(of: RotationSet) -> dict[str, Any]:

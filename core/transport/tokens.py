@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from core.errors import DataInvalid, SpecInvalid
+from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel
+from core.transport.foreign import loaded
 
 SEPARATOR = "\n\n"
 """Between the system prompt and the text."""
@@ -40,22 +41,15 @@ class Encoded:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model's folder; no code of the folder is run.
+    """Load tokenizer.json as it stands; no code of the folder is run.
+
+    AutoTokenizer may put the family's own way of cutting in its place, where the class named beside
+    it is another; equal files would then no longer cut alike.
 
     Raises:
-        DataInvalid: there is none that transformers loads, or it cannot tell characters.
+        DataInvalid: there is none that transformers loads.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
-        )
-    except Exception as error:
-        raise DataInvalid(f"the tokenizer cannot be loaded: {str(error)[:500]}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
-        raise DataInvalid(
-            f"the tokenizer is a {type(tokenizer).__name__}, which cannot tell the characters of a "
-            "token; needed one that loads from tokenizer.json"
-        )
+    tokenizer: PreTrainedTokenizerBase = loaded(PreTrainedTokenizerFast, folder, "tokenizer.json")
     return tokenizer
 
 
@@ -90,11 +84,18 @@ def encode(
     kept = _cut(ends, special, max_tokens)
     counts = (~special & (starts >= 0) & (ends > 0))[:kept]
     if not counts.any():
-        raise DataInvalid(
-            f"the text {text[:40]!r}: none of its tokens is among the first {max_tokens}; the "
-            f"system prompt before it has {int((~special & (ends <= 0)).sum())} tokens"
-        )
+        raise DataInvalid(f"the text {text[:40]!r}: {_why_none(ends, special, max_tokens)}")
     return Encoded(ids[:kept], starts[:kept], ends[:kept], counts, special[:kept])
+
+
+def _why_none(ends: Ints, special: Flags, most: int) -> str:
+    plain = ends[~special]
+    before = int((plain <= 0).sum())
+    if before == len(plain):
+        return "the tokenizer makes no token of it"
+    if before + int(special[:most].sum()) < most:
+        return "its only token begins in the system prompt, so no token is of the text alone"
+    return f"the system prompt before it has {before} tokens, and max_tokens is {most}"
 
 
 def _cut(ends: Ints, special: Flags, most: int) -> int:
@@ -122,15 +123,12 @@ class Vocabularies:
         return {"same": self.same, "shared": self.shared, "words": list(self.words)}
 
 
-def check_vocabularies(
-    student: LanguageModel, teacher: LanguageModel, *, max_tokens: int
-) -> Vocabularies:
+def check_vocabularies(student: LanguageModel, teacher: LanguageModel) -> Vocabularies:
     """Compare two models by what their artifacts say, before any of them is loaded.
 
     Raises:
         DataInvalid: a tokenizer gives ids that its model has no row for, or equal tokenizers are
             said to give different numbers of ids.
-        SpecInvalid: texts would be longer than a model's positions.
     """
     for who, model in (("student", student), ("teacher", teacher)):
         rows = model.shape.vocabulary
@@ -138,11 +136,6 @@ def check_vocabularies(
             raise DataInvalid(
                 f"{who}: its tokenizer gives {model.tokens} ids, its embedding has {rows} rows; "
                 "each id needs a row"
-            )
-        if max_tokens > model.shape.positions:
-            raise SpecInvalid(
-                f"max_tokens {max_tokens}: the {who} has {model.shape.positions} positions",
-                pointer="/capture/max_tokens",
             )
     same = student.tokenizer == teacher.tokenizer
     if same and student.tokens != teacher.tokens:

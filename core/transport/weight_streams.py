@@ -16,7 +16,7 @@ from core.errors import DataInvalid
 from core.transport.folding import Recipe
 from core.transport.weight_files import Layout, WeightFile, write_weights
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 64 << 20
 """Of temporaries: rows read, their float64, the product, what is written."""
 OUT_ROWS = 512
 """Most rows made at once of a weight that writes the residual stream."""

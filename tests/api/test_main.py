@@ -190,6 +190,10 @@ def test_announced_address_can_be_opened(host: str, shown: str) -> None:
         ({"STILL_ATTEMPTS": '{"worker_lst": 3}'}, "STILL_ATTEMPTS: no error 'worker_lst' is tried"),
         ({"STILL_DATA_DIR": "~nobody-of-this-name/x"}, "STILL_DATA_DIR: no such folder"),
         ({"STILL_DATA_DIR": ""}, "STILL_DATA_DIR: no folder is named"),
+        ({"STILL_MODEL_ROOTS": "/srv"}, "STILL_MODEL_ROOTS: not JSON"),
+        ({"STILL_MODEL_ROOTS": '["models"]'}, "STILL_MODEL_ROOTS: 'models' is relative"),
+        ({"STILL_MODEL_ROOTS": '["~nobody-of-this-name"]'}, "STILL_MODEL_ROOTS: no such folder"),
+        ({"STILL_MODEL_ROOTS": '["/"]'}, "STILL_MODEL_ROOTS: '/' and STILL_DATA_DIR"),
         ({"STILL_OTEL_ENDPOINT": "http://"}, "STILL_OTEL_ENDPOINT: it names no host"),
         ({"STILL_HOST": "no.such.host.invalid", "STILL_API_KEY": "x" * 16}, "stillroom: "),
         ({"STILL_DATA_DIR": "/proc/nothing"}, "/proc/nothing"),
@@ -257,6 +261,13 @@ def test_durations_are_seconds_or_iso_8601(tmp_path: Path, monkeypatch: pytest.M
     assert settings.lease == timedelta(seconds=30)
     assert settings.poll == timedelta(milliseconds=200)
     assert settings.stall_limit == timedelta(minutes=15)
+
+
+def test_model_roots_are_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to("/srv")
+    monkeypatch.setenv("STILL_MODEL_ROOTS", f'["{tmp_path}/link/models", "/opt/hub/"]')
+
+    assert make_settings(tmp_path / "data").model_roots == (Path("/srv/models"), Path("/opt/hub"))
 
 
 def test_busy_port_is_one_line_and_status_2(tmp_path: Path) -> None:

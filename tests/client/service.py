@@ -1,5 +1,6 @@
 """The real service, started as a user starts it, in its own process."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -20,8 +21,8 @@ def free_port() -> int:
 class Service:
     """``still up`` in its own process, which may be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder, self.port, self.settings = folder, free_port(), settings
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -29,7 +30,8 @@ class Service:
         command = [sys.executable, "-m", "client", "up", "--port", str(self.port)]
         command += ["--data-dir", str(self.folder / "data"), "--devices", "cpu", "--threads", "1"]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            env = {**os.environ, **self.settings}  # noqa: TID251 - handed on to the service
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         with Stillroom(self.url) as client:
             for _ in range(300):
                 try:

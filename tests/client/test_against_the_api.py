@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from client import ApiError, Retry, Stillroom
 from tests.client.service import Service, still
+from tests.core.transport.models import reload, save_folder, tiny_model
 
 PAIRS = Path(__file__).parents[2] / "examples" / "wordnet" / "embeddings.npz"
 ECHO = {"kind": "echo", "text": "hello"}
@@ -21,7 +23,9 @@ ECHO = {"kind": "echo", "text": "hello"}
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(tmp_path_factory.mktemp("service"))
+    folder = tmp_path_factory.mktemp("service")
+    (folder / "models").mkdir()
+    service = Service(folder, STILL_MODEL_ROOTS=json.dumps([str(folder / "models")]))
     try:
         yield service
     finally:
@@ -64,6 +68,29 @@ def test_a_download_is_taken_up_in_the_middle(client: Stillroom, tmp_path: Path)
 
     assert (tmp_path / "out").read_bytes() == whole
     assert min(seen) > 5000
+
+
+def test_a_model_comes_in_and_leaves_as_a_folder_that_loads(
+    client: Stillroom, service: Service, tmp_path: Path
+) -> None:
+    model = tiny_model("qwen3")
+    save_folder(model, service.folder / "models" / "tiny", shard_bytes=30_000)
+    job = client.submit({"kind": "import_model", "folder": "tiny"})
+    ended = client.wait(job["id"])
+    assert ended["state"] == "succeeded", ended["error"]
+
+    ran = still(service, "get", job["id"], "-o", str(tmp_path))
+
+    assert ran.returncode == 0, ran.stderr
+    ids = torch.tensor([[256, 1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(reload(tmp_path / "model")(ids).logits, model(ids).logits)
+    left = client.artifact(ended["artifacts"]["model"])
+    assert left["meta"]["shards"] == len(list((tmp_path / "model").glob("*.safetensors")))
+    refused = client.wait(client.submit({"kind": "import_model", "folder": "absent"})["id"])
+    assert refused["error"] is not None
+    assert refused["error"]["code"] == "spec_invalid"
+    assert str(service.folder) not in refused["error"]["message"]
 
 
 def test_pairs_are_uploaded_and_not_sent_twice(client: Stillroom) -> None:

@@ -15,8 +15,8 @@ def check(plan: Plan) -> None:
     for name in ("student", "teacher"):
         if plan.inputs[name].meta["adapters"]:
             raise SpecInvalid(
-                f"{name}: its stream turns between layers (fold 'sliced'), so it has no one "
-                "basis; give a model without skip adapters",
+                f"{name}: a folded student that takes our own module to load (skip adapters, or a "
+                "width that transformers refuses); give the model that it was made from",
                 pointer=f"/{name}",
             )
     if student.width != teacher.width and spec.fold.variant == "conjugate" and plan.folds:
@@ -42,7 +42,7 @@ def check(plan: Plan) -> None:
 
 def _check_layers(plan: Plan) -> None:
     spec, student, teacher = plan.spec, plan.student, plan.teacher
-    told = spec.capture.layer_map
+    told = plan.capture.layer_map
     if isinstance(told, tuple):
         if len(told) != student.layers:
             raise SpecInvalid(
@@ -75,28 +75,43 @@ def _check_artifacts(plan: Plan) -> None:
                     pointer=f"/{name}",
                 )
     if "moments" in plan.inputs:
-        _check_statistics(plan)
-    if "rotations" in plan.inputs and plan.spec.fold.variant == "global":
-        tie = plan.inputs["rotations"].meta["tie"]
-        if tie != "global" and plan.folds:
-            raise SpecInvalid(
-                f"rotations: tied by {tie}; fold.variant 'global' needs one for all; allowed: "
-                "sliced, conjugate",
-                pointer="/rotations",
-            )
+        _check_moments(plan)
+    if "rotations" in plan.inputs and plan.folds:
+        _check_rotations(plan)
 
 
-def _check_statistics(plan: Plan) -> None:
-    """Refuse to look for permutations in moments that were taken without what it takes."""
-    if plan.permute is None or not plan.spec.runs("permute"):
-        return
-    kept = set(plan.inputs["moments"].meta["permute_layers"])
-    lacking = [
-        layer for layer in cost.permuted_layers(plan.permute, plan.student) if layer not in kept
-    ]
-    if lacking:
+def _check_rotations(plan: Plan) -> None:
+    """Refuse to fold what is no rotation, or several where one goes through the whole stream."""
+    given = plan.inputs["rotations"].meta
+    if not given["orthogonal"]:
         raise SpecInvalid(
-            f"moments: no statistics of layer {lacking[0]}'s heads and neurons were kept; set "
-            "permute to null, or name the layers that have them",
-            pointer="/permute",
+            "rotations: fitted on z-scores (whiten), so they are none and cannot be folded",
+            pointer="/rotations",
         )
+    if plan.spec.fold.variant == "global" and given["tie"] != "global":
+        raise SpecInvalid(
+            f"rotations: tied by {given['tie']}; fold.variant 'global' needs one for all; allowed: "
+            "sliced, conjugate",
+            pointer="/rotations",
+        )
+
+
+def _check_moments(plan: Plan) -> None:
+    """Refuse to make of moments what they were not taken for."""
+    kept = plan.inputs["moments"].meta
+    if plan.spec.rotate.k == "held_out" and plan.rotates and not kept["validation"]:
+        raise SpecInvalid(
+            "rotate.k 'held_out': these moments were taken without texts set aside to choose it; "
+            "allowed: a number or null",
+            pointer="/rotate/k",
+        )
+    if plan.spec.permute is None:
+        return
+    layers = {*kept["neuron_layers"], *kept["head_layers"]}
+    for layer in cost.permuted_layers(plan.permute, plan.student):
+        if layer not in layers:
+            raise SpecInvalid(
+                f"moments: no statistics of layer {layer}'s heads and neurons were kept; leave "
+                "permute out, or name the layers that have them",
+                pointer="/permute",
+            )

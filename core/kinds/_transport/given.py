@@ -16,10 +16,12 @@ from core.specs.transport import Capture
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from core.tensors.language_models import LanguageModel
     from core.tensors.prompts import Prompts
+    from core.transport.held_out import HeldOut
+    from core.transport.ledger import Side
     from core.transport.pairs import Pair
     from core.transport.permutations import LayerPermutation
     from core.transport.rotations import RotationSet
@@ -32,10 +34,23 @@ class Given:
         self.spec, self.chunk = spec, chunk
         self.plan = Plan(spec, {name: chunk.input(name) for name in references_of(spec)})
 
-    @property
+    @cached_property
     def capture(self) -> Capture:
-        """The options in force: no text is longer than what both models read."""
-        return self.spec.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
+        """The options in force: those frozen, or no text longer than what both models read.
+
+        Raises:
+            DataInvalid: texts, models or options are not those of the given moments or states.
+        """
+        asked = self.plan.capture.model_copy(update={"max_tokens": self.plan.max_tokens})
+        if not self.plan.frozen:
+            return asked
+        from core.transport.ledger import BOUND, check
+
+        told = self.spec.capture is not None
+        sources = {f"{name}_sha256": self.sources[name] for name in ("student", "teacher")}
+        check(self.ledger, self.prompts, capture=asked if told else None, **sources)
+        frozen = {name: self.ledger["capture"][name] for name in BOUND}
+        return Capture.model_validate({**asked.model_dump(), **frozen})
 
     def language_model(self, name: str) -> LanguageModel:
         """Read the artifact ``student``, ``teacher`` or ``folded``."""
@@ -65,8 +80,8 @@ class Given:
         return load_model(
             folder,
             device=self.device,
-            dtype=self.spec.capture.dtype,
-            placement=self.spec.capture.placement,
+            dtype=self.plan.capture.dtype,
+            placement=self.plan.capture.placement,
             maps=maps,
             offload=self.chunk.workdir / "offload",
         )
@@ -86,31 +101,30 @@ class Given:
         return load_prompts(self.chunk.fetch(self.chunk.input("prompts").sha256))
 
     @cached_property
-    def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-        """The student's and the teacher's."""
+    def sides(self) -> tuple[Side, Side]:
+        """Student and teacher, with what cuts text for them."""
+        return self._side("student"), self._side("teacher")
+
+    def _side(self, name: str) -> Side:
+        from core.transport.ledger import Side
         from core.transport.tokens import load_tokenizer
 
-        return load_tokenizer(self.folder("student")), load_tokenizer(self.folder("teacher"))
+        tokenizer = load_tokenizer(self.folder(name))
+        return Side(self.language_model(name), self.chunk.input(name).sha256, tokenizer)
+
+    @property
+    def held_out(self) -> HeldOut:
+        """How texts without a split are drawn."""
+        from core.transport.held_out import HeldOut
+
+        return HeldOut(self.spec.evaluate.test_fraction, self.spec.seed)
 
     def pairs(self, rows: Sequence[int]) -> list[Pair]:
         """Cut texts, by their rows, with both tokenizers, and align them."""
-        from core.transport.pairs import pair
-        from core.transport.tokens import encode
+        from core.transport.ledger import read
 
-        options = self.capture
-        found = []
-        for row in rows:
-            cut = [
-                encode(
-                    tokenizer,
-                    self.prompts.texts[row],
-                    system_prompt=options.system_prompt,
-                    max_tokens=options.max_tokens,
-                )
-                for tokenizer in self.tokenizers
-            ]
-            found.append(pair(*cut, options))
-        return found
+        student, teacher = self.sides
+        return [read(self.prompts, row, student, teacher, self.capture) for row in rows]
 
     @cached_property
     def moments_list(self) -> Mapping[str, Any]:
@@ -122,10 +136,18 @@ class Given:
         return cast("Mapping[str, Any]", read_json(path))
 
     @cached_property
+    def states_list(self) -> Mapping[str, Any]:
+        """The artifact ``states``: its ledger, and the kept shards."""
+        path = self.chunk.fetch(self.chunk.input("states").sha256)
+        return cast("Mapping[str, Any]", read_json(path))
+
+    @cached_property
     def ledger(self) -> Mapping[str, Any]:
-        """What was frozen before anything was computed."""
+        """What was frozen before anything was computed: here, or with the moments or states."""
         if self.spec.moments is not None:
             return cast("Mapping[str, Any]", self.moments_list["ledger"])
+        if self.spec.states is not None:
+            return cast("Mapping[str, Any]", self.states_list["ledger"])
         made = self.chunk.outputs("ledger")[0]["ledger"]
         return cast("Mapping[str, Any]", read_json(made.path))
 

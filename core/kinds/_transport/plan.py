@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from core.architectures.shape import ModelShape
 from core.kinds._base import Input
 from core.kinds._transport.spec import Spec
+from core.specs.transport import Capture, Permute
 from core.transport.sites import groups
 
 
@@ -16,14 +17,20 @@ class Plan:
 
     def __init__(self, spec: Spec, inputs: Mapping[str, Input]) -> None:
         self.spec, self.inputs = spec, inputs
+        self.capture = spec.capture or Capture()
+        """What is asked for; what was frozen is known to ``Given.capture``."""
         self.student = ModelShape.from_meta(inputs["student"].meta)
         self.teacher = ModelShape.from_meta(inputs["teacher"].meta)
         solved = spec.rotations is not None
         self.captures = spec.moments is None and not solved
-        self.permute = None if solved or spec.permutations is not None else spec.permute
+        looks = not solved and spec.permutations is None and spec.states is None
+        asked = spec.permute or Permute()
+        self.permute = asked if looks and (asked.heads or asked.neurons) else None
         """What is looked for; None: nothing, or it is given."""
         self.rotates = spec.runs("rotate") and not solved
         self.folds = spec.runs("fold") and spec.folded is None
+        self.frozen = spec.moments is not None or spec.states is not None
+        """Whether the ledger comes with what is given."""
 
     @property
     def permuted(self) -> bool:
@@ -31,10 +38,17 @@ class Plan:
         return self.permute is not None or self.spec.permutations is not None
 
     @property
+    def max_tokens(self) -> int:
+        """Of a text: what is asked for, or what both models have positions for."""
+        return min(self.capture.max_tokens, self.student.positions, self.teacher.positions)
+
+    @property
     def blocks(self) -> int:
-        """How many blocks the texts are cut into."""
+        """How many blocks the texts are cut into, or were."""
+        if "states" in self.inputs:
+            return int(self.inputs["states"].meta["shards"])
         texts: int = self.inputs["prompts"].meta["prompts"]
-        return math.ceil(texts / self.spec.capture.prompts_per_chunk)
+        return math.ceil(texts / self.capture.prompts_per_chunk)
 
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -50,13 +64,16 @@ class Plan:
 
     @property
     def fold_chunks(self) -> tuple[tuple[str, int], ...]:
-        """Variant and number of the shard of every chunk; a tied head gets a shard of its own."""
-        meta = self.inputs["student"].meta
-        untied = int(self.student.tied and self.spec.fold.variant != "conjugate")
+        """Variant and number of the file of every chunk, as many as there may be.
+
+        A tied head gets a file of its own, and so do skip adapters.
+        """
+        shards, fold = self.inputs["student"].meta["shards"], self.spec.fold.variant
+        more = int(self.student.tied and fold != "conjugate") + int(fold == "sliced")
         return tuple(
             (variant, number)
             for variant in self.folded
-            for number in range(meta["shards"] + (untied if variant == "rotated" else 0))
+            for number in range(shards + (more if variant == "rotated" else 0))
         )
 
     @property

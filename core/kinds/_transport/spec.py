@@ -50,8 +50,14 @@ class Spec(JobSpec):
     folded: Annotated[Reference, Reads("language_model")] | None = Field(
         None, description="An already folded student: it is evaluated alone."
     )
-    capture: Capture = Capture()
-    permute: Permute | None = Field(Permute(), description="null: nothing is permuted.")
+    capture: Capture | None = Field(
+        None, description="null: the defaults, or what given moments or states were taken by."
+    )
+    permute: Permute | None = Field(
+        None,
+        description="null: heads and neurons of all layers, but none beside permutations, "
+        "rotations or states; nothing with both set to false.",
+    )
     rotate: Rotate = Rotate()
     refine: Refine = Refine()
     fold: Fold = Fold()
@@ -104,11 +110,22 @@ def _check_given(spec: Spec) -> None:
             raise ValueError(f"{name} beside until {spec.until!r}: nothing that runs reads it")
     if spec.moments is not None and spec.states is not None:
         raise ValueError("moments beside states: give one of them")
-    if (
-        spec.permutations is not None
-        and spec.permute is not None
-        and "permute" in (spec.model_fields_set)
-    ):
+    if spec.permutations is not None and spec.permute is not None:
         raise ValueError("permute beside permutations: those are given; leave permute out")
+    if spec.rotations is not None and spec.permute is not None:
+        raise ValueError(
+            "permute beside rotations: orders are looked for in moments; give permutations, or "
+            "leave permute out"
+        )
+    if spec.states is not None and spec.rotate.k == "held_out":
+        raise ValueError(
+            "rotate.k 'held_out' beside states: which texts were to choose it is lost in the sums; "
+            "allowed: a number or null"
+        )
+    if spec.states is not None and spec.permute is not None:
+        raise ValueError(
+            "permute beside states: kept states are of the stream alone, not of heads and neurons; "
+            "leave permute out"
+        )
     if spec.folded is not None and spec.rotations is None:
         raise ValueError("folded without rotations: give those it was folded with")

@@ -27,10 +27,10 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     moments = cost.moments_bytes(plan.student, plan.teacher)
     pair = cost.pair_bytes(plan.student, plan.teacher)
     wide = cost.widened(plan.student, plan.teacher)
-    judged = spec.runs("evaluate")
-    looks = SCRATCH_BYTES if spec.capture.layer_map != "cka" else models
+    judged, told = spec.runs("evaluate"), int(spec.runs("permute"))
+    looks = SCRATCH_BYTES if plan.capture.layer_map != "cka" else models
     found = [
-        Stage("ledger", int(spec.moments is None), memory_bytes=looks),
+        Stage("ledger", int(not plan.frozen), memory_bytes=looks),
         Stage("capture", plan.captures * plan.blocks, memory_bytes=models + moments),
         Stage("collect", int(plan.captures), memory_bytes=SCRATCH_BYTES),
         Stage(
@@ -55,16 +55,16 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
             judged * len(plan.judged),
             memory_bytes=round(models * wide / plan.student.width),
         ),
-        Stage("report", 1, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
-        Stage("gates", 1, memory_bytes=SCRATCH_BYTES),
+        Stage("report", told, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
+        Stage("gates", told, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
     ]
     return [stage for stage in found if stage.chunks]
 
 
 def _models_bytes(plan: Plan) -> int:
     """Both models and what one batch of tokens makes of itself in them."""
-    item = 4 if plan.spec.capture.dtype == "float32" else 2
-    batch = plan.spec.capture.batch_tokens
+    item = 4 if plan.capture.dtype == "float32" else 2
+    batch = plan.capture.batch_tokens
     both = 0
     for shape in (plan.student, plan.teacher):
         weights = shape.parameters * max(item, ITEM_BYTES[shape.dtype])
@@ -84,12 +84,12 @@ def _fold_bytes(plan: Plan) -> int:
 def count_cost(spec: Spec, inputs: Mapping[str, Input]) -> Cost:
     """Count operations and bytes of every stage that runs; torch-free."""
     plan = Plan(spec, inputs)
-    texts = cost.Texts.of(inputs["prompts"].meta, capture=spec.capture, evaluate=spec.evaluate)
+    texts = cost.Texts.of(inputs["prompts"].meta, capture=plan.capture, evaluate=spec.evaluate)
     lines = cost.price(
         plan.student,
         plan.teacher,
         texts,
-        capture=spec.capture,
+        capture=plan.capture,
         permute=plan.permute,
         rotate=spec.rotate,
         fold=spec.fold,

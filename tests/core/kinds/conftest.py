@@ -1,7 +1,8 @@
-"""Services without HTTP: one on the database of the run, one of its own beside it."""
+"""Services without HTTP, on the database of the run and on their own, and models to take in."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from sqlalchemy import Engine
 
 from core.db.session import make_engine, upgrade
 from tests.conftest import Clock
+from tests.core.kinds.shelf import Shelf
 from tests.core.kinds.world import World
+from tests.core.transport.models import save_folder, tiny_model
 
 
 @pytest.fixture
@@ -24,3 +27,30 @@ def other_world(tmp_path: Path) -> World:
     engine = make_engine(f"sqlite:///{folder / 'other.db'}")
     upgrade(engine)
     return World(engine, folder, Clock())
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tiny_model("llama"), tmp_path_factory.mktemp("plain") / "m")
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded") / "m"
+    return save_folder(tiny_model("llama"), folder, shard_bytes=30_000)
+
+
+@pytest.fixture
+def m(shelf: Shelf, plain: Path) -> Path:
+    """A good folder, named m, to be spoilt."""
+    return Path(shutil.copytree(plain, shelf.root / "m"))
+
+
+@pytest.fixture
+def shards(shelf: Shelf, sharded: Path) -> Path:
+    return Path(shutil.copytree(sharded, shelf.root / "m"))

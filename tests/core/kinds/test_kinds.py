@@ -37,8 +37,8 @@ def test_the_example_is_valid_and_the_spec_is_closed(name: str) -> None:
 
 
 def test_every_kind_makes_what_it_promises(world: World) -> None:
-    jobs = world.chain(world.upload(tiny_pairs()))
-    assert set(jobs) == set(kinds()), "a new kind joins the chain above"
+    jobs = world.chain(world.upload(tiny_pairs())) | world.language_chain()
+    assert set(jobs) == set(kinds()), "a new kind joins one of the chains"
     waiting = world.status(jobs["evaluate"])
     assert waiting.waits_for is not None
     assert jobs["distill"] in waiting.waits_for
@@ -60,11 +60,12 @@ def test_every_kind_makes_what_it_promises(world: World) -> None:
 def test_every_chunk_gives_the_same_bytes_elsewhere_and_again(
     world: World, other_world: World
 ) -> None:
-    world.chain(world.upload(tiny_pairs()))
+    other_world.keep = "all"
+    for one in (world, other_world):
+        one.chain(one.upload(tiny_pairs()))
+        one.language_chain()
     world.run()
 
-    other_world.keep = "all"
-    other_world.chain(other_world.upload(tiny_pairs()))
     discarded = _run_every_chunk_twice(other_world)
 
     files = other_world.files()

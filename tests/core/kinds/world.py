@@ -21,6 +21,7 @@ from core.jobs import lineage, service, status
 from core.jobs.runner import Runner
 from core.tensors.formats import Pairs, save_pairs
 from tests.conftest import make_runner
+from tests.core.kinds.transports import SMALL, put_pair, transport
 from tests.life import submit, uploaded
 
 TRAINING = {"epochs": 3, "batch_size": 32, "warmup_steps": 2}
@@ -171,6 +172,22 @@ class World:
             *(combined, echo, export, taken_in, codebook, lda, benchmark, held_out),
         )
         return {self.job(job_id).kind: job_id for job_id in jobs}
+
+    def language_chain(self) -> dict[str, str]:
+        """Every kind over language models once, as ``chain`` does."""
+        inputs = put_pair(self, hidden_size=48)
+        whole = transport(self, inputs, capture={**SMALL, "raw": True})
+        again = transport(
+            self,
+            inputs,
+            states=f"{whole}/states",
+            rotate={"tie": "layer"},
+            fold={"variant": "sliced"},
+            name="states",
+        )
+        imported = inputs["student"].partition("/")[0]
+        self.others += [inputs["teacher"].partition("/")[0], again]
+        return {self.job(job_id).kind: job_id for job_id in (imported, whole)}
 
     def _lda_chain(self, pairs: str) -> tuple[str, str]:
         """Fit LDAs of both modes, distil one, judge and time it; return what is new of kind."""

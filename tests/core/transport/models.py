@@ -51,7 +51,7 @@ def tiny_model(variant: str = "llama", *, seed: int = 0, **sizes: Any) -> PreTra
     family, more = VARIANTS[variant]
     config = CONFIGS[family](**{**SIZES, "tie_word_embeddings": False, **more, **sizes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -77,7 +77,7 @@ def save_folder(
     model: PreTrainedModel, folder: Path, *, tokenizer: Any = None, shard_bytes: int | None = None
 ) -> Path:
     """Write the folder; ``shard_bytes``: several shards of at most so many bytes."""
-    most = {"max_shard_size": shard_bytes} if shard_bytes else {}
+    most: dict[str, Any] = {"max_shard_size": shard_bytes} if shard_bytes else {}
     model.save_pretrained(folder, **most)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder

@@ -259,6 +259,10 @@ def test_an_index_may_not_leave_its_folder(tmp_path: Path) -> None:
 
     with pytest.raises(DataInvalid, match="is no file of the folder"):
         weight_files(source)
+    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(DataInvalid, match="needed a JSON object with a weight_map"):
+            weight_files(source)
 
 
 def test_memory_is_the_maps_one_weight_that_writes_and_a_block() -> None:

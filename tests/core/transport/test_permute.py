@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.specs.transport import Permute
+from core.transport.moments import HeadMoments, NeuronMoments
 from core.transport.permutations import check, identity
 from core.transport.permute import (
     LayerSums,
-    chosen_layers,
+    check_layers,
     correlations,
     match,
     match_heads,
@@ -28,19 +29,14 @@ from tests.core.transport.models import tiny_model
 F64 = torch.float64
 
 
-@dataclass(frozen=True)
-class Sums:
-    n: torch.Tensor
-    sum_x: torch.Tensor
-    sum_y: torch.Tensor
-    xx: torch.Tensor
-    yy: torch.Tensor
-    xy: torch.Tensor
-
-
-def _sums(x: torch.Tensor, y: torch.Tensor) -> Sums:
+def _sums(x: torch.Tensor, y: torch.Tensor) -> NeuronMoments:
     n = torch.tensor(float(len(x)), dtype=F64)
-    return Sums(n, x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), x.mT @ y)
+    return NeuronMoments(n, x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), x.mT @ y)
+
+
+def _head_sums(x: torch.Tensor, y: torch.Tensor) -> HeadMoments:
+    """x [H_s, n], y [H_t, n]: maps laid flat."""
+    return HeadMoments((x * x).sum(1), (y * y).sum(1), x @ y.mT)
 
 
 def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -144,17 +140,12 @@ def test_no_order_that_keeps_groups_together_has_a_larger_sum(seed: int) -> None
 def test_resemblance_is_the_cosine_of_maps() -> None:
     x, y = _noise(3, 50, seed=1), _noise(4, 50, seed=2)
     y[1] = 0
-    sums = Sums(torch.tensor(1.0), x, y, (x * x).sum(1), (y * y).sum(1), x @ y.mT)
 
-    found = resemblance(sums)
+    found = resemblance(_head_sums(x, y))
 
     expected = torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1)
     torch.testing.assert_close(found, expected)
     assert bool((found[:, 1] == 0).all())
-
-
-def _head_sums(x: torch.Tensor, y: torch.Tensor) -> Sums:
-    return Sums(torch.tensor(1.0), x, y, (x * x).sum(1), (y * y).sum(1), x @ y.mT)
 
 
 def test_a_layer_is_matched_and_tells_what_it_gained() -> None:
@@ -217,13 +208,12 @@ def test_what_was_not_kept_is_left_as_it_is() -> None:
     assert told["neurons"]["skipped"] == told["heads"]["skipped"] == "no statistics were kept"
 
 
-def test_chosen_layers_are_those_asked_for() -> None:
-    assert chosen_layers(Permute(), 5) == (0, 1, 2, 3, 4)
-    assert chosen_layers(Permute(layers="every_other"), 5) == (0, 2, 4)
-    assert chosen_layers(Permute(layers=(3, 1, 3)), 5) == (1, 3)
-    assert chosen_layers(Permute(heads=False, neurons=False), 5) == ()
+def test_a_layer_that_the_student_lacks_is_refused() -> None:
+    for fine in (Permute(), Permute(layers="every_other"), Permute(layers=(4, 0))):
+        check_layers(fine, 5)
+
     with pytest.raises(SpecInvalid, match="layer 5; the student has 0 to 4") as caught:
-        chosen_layers(Permute(layers=(5,)), 5)
+        check_layers(Permute(layers=(5,)), 5)
     assert caught.value.pointer == "/permute/layers"
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from core.architectures.shape import ModelShape
-from core.errors import DataInvalid, SpecInvalid
+from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel
 from core.transport.tokens import check_vocabularies, encode, load_tokenizer
 from tests.core.transport.models import byte_tokenizer, config_of, save_folder, tiny_model
@@ -117,7 +117,7 @@ def test_text_whose_only_token_reaches_into_the_system_prompt_is_refused() -> No
     whole = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
 
     assert encode(whole, "cat", system_prompt="", max_tokens=9).ends.tolist() == [3]
-    with pytest.raises(DataInvalid, match="none of its tokens"):
+    with pytest.raises(DataInvalid, match="begins in the system prompt"):
         encode(whole, "cat", system_prompt="Be kind.", max_tokens=9)
 
 
@@ -132,6 +132,16 @@ def test_real_tokenizers_read_the_text_to_its_end(name: str) -> None:
     assert found.starts[found.counts][0] == 0
     reached = [TEXT[:end] for end in found.ends[found.counts].tolist()]
     assert reached[0] == "O"
+
+
+@needs_real
+def test_unknown_letters_melt_into_those_before_them() -> None:
+    letters = load_tokenizer(real("babyllama105-hf"))
+
+    with pytest.raises(DataInvalid, match="its only token begins in the system prompt"):
+        encode(letters, "橋", system_prompt="Tell a story.", max_tokens=99)
+    assert encode(letters, "橋a", system_prompt="Tell a story.", max_tokens=99).counts.sum() == 1
+    assert encode(letters, "橋", system_prompt="", max_tokens=99).ends.tolist() == [1]
 
 
 def test_saved_tokenizer_cuts_text_as_before(tmp_path: Path) -> None:
@@ -156,7 +166,7 @@ def test_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
 
-    with pytest.raises(DataInvalid, match="tokenizer cannot be loaded"):
+    with pytest.raises(DataInvalid, match="transformers refuses it"):
         load_tokenizer(tmp_path)
 
 
@@ -183,7 +193,7 @@ def model(tmp_path: Path) -> LanguageModel:
 
 
 def test_equal_tokenizers_share_their_ids(model: LanguageModel) -> None:
-    found = check_vocabularies(model, model, max_tokens=256)
+    found = check_vocabularies(model, model)
 
     assert (found.same, found.shared) == (True, 258)
     assert found.words == (
@@ -195,14 +205,14 @@ def test_equal_tokenizers_share_their_ids(model: LanguageModel) -> None:
 def test_padded_vocabulary_of_one_model_is_told(model: LanguageModel) -> None:
     teacher = replace(model, shape=replace(model.shape, vocabulary=300))
 
-    found = check_vocabularies(model, teacher, max_tokens=256)
+    found = check_vocabularies(model, teacher)
 
     assert found.shared == 258
     assert "the embeddings have 272 and 300 rows" in found.words
 
 
 def test_different_tokenizers_share_no_id(model: LanguageModel) -> None:
-    found = check_vocabularies(model, replace(model, tokenizer="b" * 64), max_tokens=256)
+    found = check_vocabularies(model, replace(model, tokenizer="b" * 64))
 
     assert (found.same, found.shared) == (False, 0)
     assert "aligned by the characters" in found.words[0]
@@ -210,15 +220,9 @@ def test_different_tokenizers_share_no_id(model: LanguageModel) -> None:
 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused(model: LanguageModel) -> None:
     with pytest.raises(DataInvalid, match="teacher: its tokenizer gives 273 ids"):
-        check_vocabularies(model, replace(model, tokens=273), max_tokens=256)
+        check_vocabularies(model, replace(model, tokens=273))
 
 
 def test_equal_tokenizers_of_different_sizes_are_refused(model: LanguageModel) -> None:
     with pytest.raises(DataInvalid, match="257 ids of the student beside 258"):
-        check_vocabularies(replace(model, tokens=257), model, max_tokens=256)
-
-
-def test_texts_longer_than_the_positions_are_refused(model: LanguageModel) -> None:
-    with pytest.raises(SpecInvalid, match="has 256 positions") as caught:
-        check_vocabularies(model, model, max_tokens=257)
-    assert caught.value.pointer == "/capture/max_tokens"
+        check_vocabularies(replace(model, tokens=257), model)

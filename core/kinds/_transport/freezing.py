@@ -1,0 +1,58 @@
+"""Stage ``ledger``: what a transport runs on is written down before anything is computed."""
+
+from __future__ import annotations
+
+from core.kinds._base import Chunk, ChunkResult, Metric
+from core.kinds._files import write_json
+from core.kinds._transport.given import Given
+from core.kinds._transport.spec import Spec
+
+ROWS = 2048
+"""By which layers are compared: their Gram matrices take 32 MiB each."""
+
+
+def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
+    """Tokenise every text, fix split and layer map, and freeze all of it under a run_id."""
+    from core.transport import ledger as ledgers
+
+    given = Given(spec, chunk)
+    told = ledgers.build(
+        given.prompts,
+        chunk.input("prompts").sha256,
+        student=given.sides[0],
+        teacher=given.sides[1],
+        capture=given.capture,
+        held_out=given.held_out,
+        layer_map=_by_cka(given) if given.plan.capture.layer_map == "cka" else None,
+        report=chunk.progress,
+    )
+    totals = told["totals"]
+    made = write_json(
+        chunk.workdir / "ledger.json",
+        told,
+        format_name="transport_ledger",
+        run_id=told["run_id"],
+        **given.sources,
+    )
+    metrics = [Metric(f"{split}_pairs", 0, float(totals[split]["pairs"])) for split in totals]
+    return ChunkResult(outputs={"ledger": made}, metrics=metrics)
+
+
+def _by_cka(given: Given) -> tuple[int, ...]:
+    """Compare layers on texts that are not held out: those of the training split."""
+    from core.transport import layer_maps
+    from core.transport.held_out import draw
+    from core.transport.samples import sample_layers
+
+    splits = draw(given.prompts, given.held_out)
+    rows = [row for row, split in enumerate(splits) if split == "train"]
+    models = [given.load(given.folder(name)) for name in ("student", "teacher")]
+    states = sample_layers(
+        models[0],
+        models[1],
+        given.pairs(rows),
+        rows=ROWS,
+        batch_tokens=given.capture.batch_tokens,
+        report=given.chunk.progress,
+    )
+    return layer_maps.cka(*states)[1]
