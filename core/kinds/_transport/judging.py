@@ -184,7 +184,7 @@ def gather(given: Given) -> Facts:
         maps = given.rotations.maps
         turns = {group: turn_facts(one, seed=spec.seed) for group, one in maps.items()}
     judged = chunk.outputs("evaluate") if spec.runs("evaluate") else ()
-    told = [read_json(one["scores"].path) for one in judged]
+    told = [_in_order(given, read_json(one["scores"].path)) for one in judged]
     folds = {}
     if given.plan.folds:
         logits = {each["variant"]: each["logits"] for each in told}
@@ -199,6 +199,16 @@ def gather(given: Given) -> Facts:
         permutations=likeness(given),
         checksums=None if spec.states is None else len(given.states_list["shards"]),
     )
+
+
+def _in_order(given: Given, told: dict[str, Any]) -> dict[str, Any]:
+    """Return a variant's scores with the sites in the order of the stream, which JSON sorted."""
+    from core.transport.sites import sites
+
+    scores = told["scores"]
+    order = [site for site in sites(given.plan.student) if site in scores["sites"]]
+    ordered = {site: scores["sites"][site] for site in order}
+    return {**told, "scores": {**scores, "sites": ordered}}
 
 
 def likeness(given: Given) -> list[dict[str, Any]]:
