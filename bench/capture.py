@@ -28,13 +28,13 @@ from bench._report import Figure, options, print_table, seconds, verdict
 from bench.target_cache import now_bytes, status_bytes
 from core.specs.transport import Capture, Permute
 from core.transport import moment_files
-from core.transport.capture import capture, kept_bytes
+from core.transport.capture import capture
 from core.transport.fold_folders import fold_folder
 from core.transport.fold_folders import shape_of as shape_of_folder
 from core.transport.fold_plans import FoldPlan
-from core.transport.fold_shards import fold_bytes
 from core.transport.loading import load_model
-from core.transport.moments import Captured, Moments, add_rows, moments_bytes
+from core.transport.memory import fold_bytes, kept_bytes, moments_bytes
+from core.transport.moments import Captured, Moments, add_rows
 from core.transport.pairs import Pair, make_batch, plan_batches
 from core.transport.streams import run_backbone, shape_of
 
@@ -275,7 +275,8 @@ def fold_memory_part(folders: Sequence[Path], asked: argparse.Namespace) -> Any:
             fold_folder(source, folder / f"second {name}", plan)
 
         # The plan's map was there before.
-        found = compared(f"fold of {name}", peak_of(fold) - before, fold_bytes(plan, maps=0))
+        told = fold_bytes(plan.shape, width=plan.width, maps=0, variant="global")
+        found = compared(f"fold of {name}", peak_of(fold) - before, told)
         rows += found["rows"]
         apart.append(found["value"])
     return {"rows": rows, "value": max(apart)}

@@ -14,7 +14,7 @@ from client.inputs import Finite
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.specs.transport import Capture, Evaluate, Fold, Permute, Rotate
-from core.transport import cost
+from core.transport import cost, memory
 
 GIB = 2**30
 
@@ -85,7 +85,7 @@ def _show(small: ModelShape, large: ModelShape, lines: list[cost.StageCost]) -> 
     console = Console()
     console.print(
         f"{large.parameters / 1e9:.2f} B parameters -> {small.parameters / 1e9:.2f} B; moments "
-        f"of all sites {cost.moments_bytes(small, large) / GIB:.1f} GiB"
+        f"of all sites {memory.moments_bytes(small, large) / GIB:.1f} GiB"
     )
     console.print(table)
     total = sum(line.seconds(cost.ONE_GPU) for line in lines)

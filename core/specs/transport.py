@@ -10,6 +10,8 @@ from core.specs.base import Closed
 
 Stage = Literal["capture", "permute", "rotate", "fold", "evaluate"]
 STAGES: tuple[Stage, ...] = ("capture", "permute", "rotate", "fold", "evaluate")
+HELD_OUT_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Of the smaller width, tried where k is ``held_out``."""
 Layer = Annotated[int, Field(ge=0, le=4095)]
 
 

@@ -1,8 +1,8 @@
 """Forward passes of two models over the same texts, summed into moments while they run.
 
 The student runs first and its paired rows are kept as it computed them; the teacher's are used up
-site by site as they come. So memory is that of both models, the sums (``moments_bytes``) and one
-batch's rows of the student (``kept_bytes``), however many texts there are.
+site by site as they come. So memory is that of both models, the sums and one batch's rows of the
+student (``memory.moments_bytes``, ``memory.kept_bytes``), however many texts there are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.architectures.shape import ITEM_BYTES, ModelShape
 from core.errors import DataInvalid
 from core.specs.transport import Capture, Permute
 from core.transport.moments import (
@@ -23,8 +22,6 @@ from core.transport.moments import (
     add_maps,
     add_rows,
     mirror,
-    permutable,
-    permuted_layers,
 )
 from core.transport.pairs import Batch, Pair, make_batch, plan_batches
 from core.transport.sites import sites, teacher_site
@@ -99,37 +96,6 @@ def capture(
     run.sums.check_finite()
     report(todo, todo)
     return run.sums
-
-
-def kept_bytes(
-    student: ModelShape,
-    teacher: ModelShape,
-    permute: Permute | None,
-    *,
-    batch_tokens: int,
-    max_tokens: int,
-    dtype: str,
-) -> int:
-    """Return at most what one batch keeps of the student until the teacher has passed.
-
-    Every site's rows and their lengths; of permuted layers the activations, and attention maps
-    [H, T, T] of each text.
-
-    Args:
-        student: whose rows are kept.
-        teacher: decides what can be permuted.
-        permute: as of ``capture``.
-        batch_tokens: at least a text's.
-        max_tokens: of one text.
-        dtype: that the student computes in.
-    """
-    item, tokens = ITEM_BYTES[dtype], max(batch_tokens, max_tokens)
-    neurons, heads = permutable(student, teacher, permute)
-    layers = len(permuted_layers(permute, student.layers))
-    rows = len(sites(student)) * (student.width * item + 4)
-    activations = neurons * layers * student.neurons * item
-    maps = heads * layers * student.heads * max_tokens * item
-    return tokens * (rows + activations + maps)
 
 
 class _Run:

@@ -12,6 +12,14 @@ from dataclasses import dataclass
 
 from core.architectures.shape import ITEM_BYTES, ModelShape
 from core.specs.transport import Capture, Evaluate, Fold, Permute, Rotate
+from core.transport.memory import (
+    moments_bytes,
+    permutable,
+    permuted_layers,
+    rotation_bytes,
+    statistics_bytes,
+    widened,
+)
 from core.transport.sites import groups, sites
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -102,33 +110,6 @@ def forward_flops(shape: ModelShape, *, tokens: float, length: float, head: bool
     return tokens * (products + causal + logits)
 
 
-def pair_bytes(student: ModelShape, teacher: ModelShape) -> int:
-    """Return what the moments of one pair of sites take, all float64."""
-    s, t = student.width, teacher.width
-    return 8 * (1 + s + t + s * s + t * t + s * t)
-
-
-def moments_bytes(student: ModelShape, teacher: ModelShape) -> int:
-    """Return what the moments of all pairs of sites take."""
-    return len(sites(student)) * pair_bytes(student, teacher)
-
-
-def widened(student: ModelShape, teacher: ModelShape) -> int:
-    """Return the width of the folded student: the larger of the two."""
-    return max(student.width, teacher.width)
-
-
-def permuted_layers(permute: Permute | None, student: ModelShape) -> tuple[int, ...]:
-    """Return the layers of the student whose heads and neurons are matched."""
-    if permute is None:
-        return ()
-    if permute.layers == "all":
-        return tuple(range(student.layers))
-    if permute.layers == "every_other":
-        return tuple(range(0, student.layers, 2))
-    return tuple(permute.layers)
-
-
 def price(
     student: ModelShape,
     teacher: ModelShape,
@@ -146,9 +127,9 @@ def price(
     s, t, pairs = student.width, teacher.width, len(sites(student))
     weights = student.size_bytes + teacher.size_bytes
     moments = moments_bytes(student, teacher)
-    matched = len(permuted_layers(permute, student))
-    neurons = student.neurons * teacher.neurons if student.neurons == teacher.neurons else 0
-    statistics = matched * neurons * 8
+    statistics = statistics_bytes(student, teacher, permute)
+    matched = len(permuted_layers(permute, student.layers))
+    neurons = permutable(student, teacher, permute)[0] * student.neurons * teacher.neurons
     parts = len(groups(student, tie=rotate.tie, stage_layers=rotate.stage_layers))
     wide = widened(student, teacher)
     growth = wide / s
@@ -171,7 +152,7 @@ def price(
             # LAPACK: about 9 d^3 for a symmetric eigenproblem, 22 d^3 for all of an SVD.
             double_flops=parts * (9 * (s**3 + t**3) + 22 * wide**3),
             read_bytes=chunks * moments,
-            written_bytes=parts * 8.0 * (s * wide + min(s, t) * (s + t)),
+            written_bytes=float(parts * rotation_bytes(s, t, rotate)),
         ),
         StageCost(
             "fold",

@@ -1,7 +1,7 @@
 """Folding file by file: what each chunk makes, and the stream of blocks through one.
 
-Memory of one task is ``fold_bytes``: the maps, the largest weight that writes the residual stream
-as it is stored, and blocks. No file is held whole.
+Memory of one task is ``memory.fold_bytes``: the maps, the largest weight that writes the residual
+stream as it is stored, and blocks. No file is held whole.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel
+from core.transport import memory
 from core.transport.fold_plans import DTYPES, FoldPlan
 from core.transport.folding import Recipe, norm_names, place, recipe, stored_shape
 from core.transport.weight_files import Layout, WeightFile, write_weights
-from core.transport.weight_streams import OUT_ROWS, Report, silent, stream_file, weight_bytes
+from core.transport.weight_streams import Report, silent, stream_file
 
 SKIP_ADAPTERS = "skip_adapters.safetensors"
 
@@ -235,39 +236,7 @@ def write_adapters(target: Path, plan: FoldPlan, *, report: Report = silent) -> 
         here, there = (plan.rotation(layer) for layer in pairs[name])
         if here is None or there is None:
             raise ValueError(f"variant {plan.variant} has no adapters")
-        for start in range(0, plan.width, OUT_ROWS):
-            yield (there[:, start : start + OUT_ROWS].mT @ here).to(dtype)
+        for start in range(0, plan.width, memory.OUT_ROWS):
+            yield (there[:, start : start + memory.OUT_ROWS].mT @ here).to(dtype)
 
     write_weights(target, layouts, blocks, report=report)
-
-
-def fold_bytes(plan: FoldPlan, *, maps: int | None = None) -> int:
-    """Return the most memory that one task takes, in bytes, beside what a process takes anyway.
-
-    ``8 maps d_s d_r + 8 (2 L + 1) d_s + max over the weights``, where one that reads the stream, or
-    the embedding, takes BLOCK_BYTES (less where it is smaller; one row's temporaries at least), and
-    one that writes it, [d_s, n], itself as stored, OUT_ROWS rows of the new one and BLOCK_BYTES.
-
-    Args:
-        plan: of the fold; of its rotations the number and the widths count alone.
-        maps: how many rotations are held; None: all of the plan's.
-    """
-    shape = plan.shape
-    held = len(plan.rotations) if maps is None else maps
-    most = max(_weight_bytes(plan, name) for name in {*shape.tensors(), shape.table.head})
-    if plan.turns:
-        most = max(most, OUT_ROWS * plan.width * (8 + adapter_dtype(plan).itemsize))
-    return 8 * held * shape.width * plan.width + 8 * (2 * shape.layers + 1) * shape.width + most
-
-
-def _weight_bytes(plan: FoldPlan, name: str) -> int:
-    layer, weight = place(plan.shape, name)
-    moved = None if layer is None else plan.permutations.get(layer)
-    asked = {"queries": moved and moved.heads, "neurons": moved and moved.neurons}
-    old, new = (
-        Layout(DTYPES[shape.dtype], stored_shape(plan.shape, name, shape.width))
-        for shape in (plan.shape, plan.folded_shape())
-    )
-    mixed = plan.variant != "none" and weight.axes[0] == "residual" and len(weight.axes) == 2
-    permuted = asked.get(weight.axes[-1]) is not None
-    return weight_bytes(old, new, mixed=mixed, permuted=permuted)

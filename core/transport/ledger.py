@@ -75,7 +75,7 @@ def build(
         teacher: the model whose basis is taken.
         capture: what is paired and how; of ``layer_map`` 'cka' the outcome is ``layer_map``.
         held_out: how texts without a split are drawn.
-        layer_map: [L_s], of 'cka' alone: what ``layer_maps.cka`` found.
+        layer_map: [L_s], of 'cka' alone: what ``cka.cka`` found.
         report: told texts done and all.
 
     Raises:
@@ -88,7 +88,7 @@ def build(
     layers = layer_maps.without_states(capture.layer_map, *depths)
     if layers is None:
         if layer_map is None:
-            raise ValueError("layer_map 'cka': needed what layer_maps.cka found")
+            raise ValueError("layer_map 'cka': needed what cka.cka found")
         layers = layer_maps.explicit(layer_map, *depths)
     splits = draw(prompts, held_out)
     entries = []

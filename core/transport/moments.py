@@ -1,7 +1,7 @@
 """Moments of aligned rows of two residual streams: additive, so any split of the rows gives them.
 
 One pair of sites holds ``8 (1 + d_s + d_t + d_s^2 + d_t^2 + d_s d_t)`` bytes. Statistics of neurons
-and heads are of the same sort; ``moments_bytes`` tells what all of a capture takes.
+and heads are of the same sort; ``memory.moments_bytes`` tells what all of a capture takes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.specs.transport import Permute
+from core.transport.memory import permutable, permuted_layers
 from core.transport.sites import sites
 
 ROWS = 4096
@@ -142,7 +143,7 @@ class Captured:
         permute: Permute | None,
         device: torch.device,
     ) -> Captured:
-        """Return the sums over no texts, all that ``moments_bytes`` counts."""
+        """Return the sums over no texts, all that ``memory.moments_bytes`` counts."""
         layers = permuted_layers(permute, student.layers)
         neurons, heads = permutable(student, teacher, permute)
         return cls(
@@ -175,50 +176,6 @@ class Captured:
                         f"{name}: {what} is not finite; a model overflows in its dtype, or its "
                         "weights are broken: try dtype float32"
                     )
-
-
-def permuted_layers(permute: Permute | None, layers: int) -> tuple[int, ...]:
-    """Return the student's layers that may be permuted, rising; those the model has.
-
-    Args:
-        permute: None: none.
-        layers: how many the student has.
-    """
-    if permute is None:
-        return ()
-    if permute.layers == "all":
-        return tuple(range(layers))
-    if permute.layers == "every_other":
-        return tuple(range(0, layers, 2))
-    return tuple(sorted({layer for layer in permute.layers if layer < layers}))
-
-
-def permutable(
-    student: ModelShape, teacher: ModelShape, permute: Permute | None
-) -> tuple[bool, bool]:
-    """Return whether statistics of neurons, and of heads, are kept.
-
-    Only where both models have equally many, so that one can be put in the other's order; of heads
-    also equally many KV heads.
-    """
-    if permute is None:
-        return False, False
-    alike = (student.heads, student.kv_heads) == (teacher.heads, teacher.kv_heads)
-    return permute.neurons and student.neurons == teacher.neurons, permute.heads and alike
-
-
-def moments_bytes(student: ModelShape, teacher: ModelShape, permute: Permute | None = None) -> int:
-    """Return what the sums of a capture take, in memory as in a chunk's file (beside its header).
-
-    Per site of the student ``8 (1 + d_s + d_t + d_s^2 + d_t^2 + d_s d_t)``, per permuted layer
-    ``8 (1 + 4 M + M^2)`` for M neurons and ``8 (2 H + H^2)`` for H heads.
-    """
-    s, t = student.width, teacher.width
-    count = (2 * student.layers + 1) * (1 + s + t + s * s + t * t + s * t)
-    neurons, heads = permutable(student, teacher, permute)
-    m, h = student.neurons, student.heads
-    each = neurons * (1 + 4 * m + m * m) + heads * (2 * h + h * h)
-    return 8 * (count + each * len(permuted_layers(permute, student.layers)))
 
 
 def add_rows(into: Moments, x: Tensor, y: Tensor, weight: Tensor) -> None:

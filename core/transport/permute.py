@@ -17,8 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from core.architectures.shape import ModelShape
-from core.errors import DataInvalid, SpecInvalid
-from core.specs.transport import Permute
+from core.errors import DataInvalid
 from core.transport.moments import HeadMoments, NeuronMoments
 from core.transport.permutations import LayerPermutation
 
@@ -27,21 +26,6 @@ ROUNDING = 1e-9
 STAYS = 1e-9
 """Added where a thing would stay at its place: of equal choices the one that moves less."""
 Matrix = NDArray[np.float64]
-
-
-def check_layers(options: Permute, layers: int) -> None:
-    """Refuse a layer that a student of so many layers does not have.
-
-    Raises:
-        SpecInvalid: names it.
-    """
-    if isinstance(options.layers, str):
-        return
-    for layer in options.layers:
-        if layer >= layers:
-            raise SpecInvalid(
-                f"layer {layer}; the student has 0 to {layers - 1}", pointer="/permute/layers"
-            )
 
 
 def correlations(of: NeuronMoments) -> Tensor:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from core.transport.memory import BLOCK_LOGITS
 from core.transport.scores import TokenScores
 from core.transport.tokens import Encoded, Ints
-
-BLOCK_LOGITS = 1 << 24
-"""Logits held at once per model: a block of rows, not a batch, meets the vocabulary."""
 
 
 @dataclass(frozen=True)

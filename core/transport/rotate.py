@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.errors import DataInvalid, SpecInvalid
-from core.specs.transport import Rotate
+from core.specs.transport import HELD_OUT_SHARES, Rotate
 from core.transport.moments import Moments
 from core.transport.polar import Polar, identity, polar, steady_signs
 from core.transport.rotation_figures import fit_figures
 from core.transport.rotations import Rotation, Unwhitened
 
-SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
-"""Of the smaller width, tried where k is ``held_out``."""
 Report = Callable[[float, float], None]
 
 
@@ -89,10 +89,9 @@ def pool(moments: Mapping[str, Moments], *, centre: bool) -> Pooled:
                 f"moments: sites of shape {list(one.xy.shape)} and {list(other.xy.shape)} cannot "
                 "share a rotation"
             )
-    parts = [centred(each) if centre else each for each in (one, *others)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    # One after the other: centred, all together would be every site's moments once more.
+    parts = (centred(each) if centre else each for each in (one, *others))
+    total = reduce(add, parts)
     for name in ("xx", "yy"):
         whole = sum(float(getattr(each, name).trace()) for each in (one, *others))
         # What centring leaves of equal rows is rounding.
@@ -151,7 +150,7 @@ def solve(
 ) -> tuple[Rotation | Unwhitened, dict[str, Any]]:
     """Fit the one map of a group's sites.
 
-    Memory: some ten times that of one site's moments. Equal moments give equal bytes on one machine
+    Memory: ``memory.solve_bytes``. Equal moments give equal bytes on one machine
     (see ARCHITECTURE.md, rule 7).
 
     The ridge turns no principal direction, because ``C + c I`` has the eigenvectors of C. It bounds
@@ -264,9 +263,10 @@ def _choose_k(
     if held_out is None:
         raise SpecInvalid("k held_out needs texts to hold out", pointer="/rotate/k")
     tried = []
-    for k in sorted({max(1, round(share * most)) for share in SHARES}):
-        turn = _turn(fitted.xy, frames, k, det=det)
-        tried.append({"k": k, "held_out_cosine": _score(turn, frames, held_out, scores)})
+    for k in sorted({max(1, round(share * most)) for share in HELD_OUT_SHARES}):
+        # Unnamed, so that one is gone before the next is made.
+        cosine = _score(_turn(fitted.xy, frames, k, det=det), frames, held_out, scores)
+        tried.append({"k": k, "held_out_cosine": cosine})
     best = max(tried, key=lambda each: (each["held_out_cosine"], -each["k"]))
     return int(best["k"]), tried
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from core.errors import DataInvalid
 from core.tensors.language_models import INDEX, ModelFile, index_of
+from core.transport import memory
 from core.transport.fold_folders import copy_beside, weight_files, write_json
 from core.transport.fold_plans import FoldPlan
 from core.transport.fold_records import RECORD, read_record
 from core.transport.fold_shards import check_file, layouts_of
 from core.transport.folding import Recipe, inverse, norm_names, place, recipe, unfold_recipe
 from core.transport.weight_files import Layout, WeightFile
-from core.transport.weight_streams import Report, at_once, silent, stream_file
+from core.transport.weight_streams import Report, silent, stream_file
 
 ROUNDINGS, FLOOR = 8, 1e-9
 """How far a head may be from its embedding's and still be tied: in units in the last place, and at
@@ -130,7 +131,7 @@ def check_head(embedding: Path, head: Path, plan: FoldPlan, norms: Mapping[str, 
 def round_trip(
     source: Path, plan: FoldPlan, *, norms: Mapping[str, Tensor], report: Report = silent
 ) -> RoundTrip:
-    """Fold a file's weights in float64 and unfold them; memory as ``fold_bytes``.
+    """Fold a file's weights in float64 and unfold them; memory as ``memory.fold_bytes``.
 
     Orders are undone exactly and are left out here. A tied embedding is tried as the head too.
 
@@ -191,14 +192,14 @@ def _old_blocks(file: WeightFile, name: str, made: Recipe) -> Iterator[Tensor]:
     rows, last = layout.shape
     whole = file.rows(name, 0, rows)
     new = int(made.left.shape[1])
-    step = at_once(8 * HELD * max(rows, new), last)
+    step = memory.at_once(8 * HELD * max(rows, new), last)
     for first in range(0, last, step):
         yield whole[:, first : first + step].to(torch.float64)
 
 
 def _row_blocks(layout: Layout, new: int) -> Iterator[tuple[int, int]]:
     rows = layout.shape[0] if len(layout.shape) == 2 else 1
-    step = at_once(8 * HELD * max(layout.shape[-1], new), rows)
+    step = memory.at_once(8 * HELD * max(layout.shape[-1], new), rows)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

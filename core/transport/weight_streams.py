@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from core.errors import DataInvalid
+from core.transport import memory
 from core.transport.folding import Recipe
 from core.transport.weight_files import Layout, WeightFile, write_weights
 
-BLOCK_BYTES = 64 << 20
-"""Of temporaries: rows read, their float64, the product, what is written."""
-OUT_ROWS = 512
-"""Most rows made at once of a weight that writes the residual stream."""
-ALIGNED = 64
-"""Where the parts of the stretch begin, in bytes."""
 Report = Callable[[float, float], None]
 
 
@@ -54,8 +49,12 @@ def stream_file(
         nonlocal arena
         of, made = make(name)
         old, new = file.layouts[of], layouts[name]
-        size = weight_bytes(
-            old, new, mixed=made.left is not None, permuted=made.columns is not None
+        size = memory.weight_bytes(
+            old.shape,
+            new.shape,
+            items=(old.dtype.itemsize, new.dtype.itemsize),
+            mixed=made.left is not None,
+            permuted=made.columns is not None,
         )
         if size > arena.numel():
             arena = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
@@ -66,41 +65,6 @@ def stream_file(
             yield block
 
     write_weights(target, layouts, blocks, report=report)
-
-
-def weight_bytes(old: Layout, new: Layout, *, mixed: bool, permuted: bool) -> int:
-    """Return what making one weight takes, in bytes.
-
-    Args:
-        old: as it is read.
-        new: as it is written.
-        mixed: whether rows are mixed with each other (``Recipe.left``): then it is read whole.
-        permuted: whether its columns are reordered.
-    """
-    rows, last = _rows_and_columns(old)
-    item_in, item_out = old.dtype.itemsize, new.dtype.itemsize
-    if mixed:
-        made = min(OUT_ROWS, new.shape[0])
-        cost = _column_cost(rows, made, item_in, permuted=permuted)
-        held = rows * last * item_in + made * last * item_out
-        return held + cost * at_once(cost, last) + 5 * ALIGNED
-    cost = _row_cost(last, new.shape[-1], item_in, item_out, permuted=permuted)
-    return cost * at_once(cost, rows) + 4 * ALIGNED
-
-
-def _row_cost(old: int, new: int, item_in: int, item_out: int, *, permuted: bool) -> int:
-    """Bytes per row while rows are made: read, reordered, made, widened or (later) written."""
-    return old * item_in * (2 if permuted else 1) + 8 * new + max(8 * old, item_out * new)
-
-
-def _column_cost(old: int, rows: int, item_in: int, *, permuted: bool) -> int:
-    """Bytes per column while ``rows`` rows are made: reordered, widened, the product."""
-    return old * (8 + (item_in if permuted else 0)) + 8 * rows
-
-
-def at_once(cost: int, most: int) -> int:
-    """Return how many of what costs so many bytes fit BLOCK_BYTES: 1 to ``most``."""
-    return min(most, max(1, BLOCK_BYTES // cost))
 
 
 def _rows_and_columns(layout: Layout) -> tuple[int, int]:
@@ -125,8 +89,8 @@ def _by_rows(
     old = file.layouts[name]
     (rows, last), width = _rows_and_columns(old), new.shape[-1]
     permuted = made.columns is not None
-    cost = _row_cost(last, width, old.dtype.itemsize, new.dtype.itemsize, permuted=permuted)
-    step = at_once(cost, rows)
+    cost = memory.row_cost(last, width, old.dtype.itemsize, new.dtype.itemsize, permuted=permuted)
+    step = memory.at_once(cost, rows)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         free = _Stretch(arena)
@@ -155,9 +119,11 @@ def _mixed(
     """Yield rows of ``scale * left^T weight``: it is held as stored, and widened in parts."""
     old = file.layouts[name]
     (rows, last), height = old.shape, new.shape[0]
-    most = min(OUT_ROWS, height)
+    most = min(memory.OUT_ROWS, height)
     permuted = made.columns is not None
-    step = at_once(_column_cost(rows, most, old.dtype.itemsize, permuted=permuted), last)
+    step = memory.at_once(
+        memory.column_cost(rows, most, old.dtype.itemsize, permuted=permuted), last
+    )
     held = _Stretch(arena)
     whole = file.rows(name, 0, rows, into=held.take(rows, last, old.dtype))
     out = held.take(most, last, new.dtype)
@@ -182,15 +148,15 @@ def _mixed(
 class _Stretch:
     """Hands out consecutive parts of a stretch of memory [bytes] uint8."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
+    def __init__(self, stretch: Tensor) -> None:
+        self._memory = stretch
         self._at = 0
 
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return the next [rows, columns], not filled."""
         size = rows * columns * dtype.itemsize
         part = self._memory[self._at : self._at + size].view(dtype).view(rows, columns)
-        self._at += -(-size // ALIGNED) * ALIGNED
+        self._at += -(-size // memory.ALIGNED) * memory.ALIGNED
         return part
 
     def rest(self) -> Tensor:

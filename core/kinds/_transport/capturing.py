@@ -13,6 +13,7 @@ from core.kinds._base import Chunk, ChunkResult, Produced
 from core.kinds._files import write_json
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
+from core.transport.memory import permutable
 
 if TYPE_CHECKING:
     from core.transport.moments import Captured
@@ -79,8 +80,6 @@ def _compute(
     given: Given, parts: Mapping[str, list[int]], keys: Mapping[str, str]
 ) -> dict[str, Produced]:
     """Run both models over each part's texts; of the first part raw states may be kept too."""
-    from core.transport.moments import permutable
-
     plan, chunk = given.plan, given.chunk
     maps = permutable(plan.student, plan.teacher, plan.permute)[1]
     models = [given.load(given.folder(name), maps=maps) for name in ("student", "teacher")]
@@ -92,20 +91,20 @@ def _compute(
         def told(part: float, whole: float, done: int = done, size: int = len(rows)) -> None:
             chunk.progress(done + size * part / max(whole, 1), total)
 
-        captured, raw = _run(given, models, rows, told, keep=given.capture.raw and name == PARTS[0])
-        made |= raw
-        made[name] = _stored(given, captured, name, keys[name], rows)
+        # One part's sums are gone before those of the next are made.
+        made |= _run(given, models, rows, told, name=name, key=keys[name])
         done += len(rows)
     return made
 
 
 def _run(
-    given: Given, models: Sequence[Any], rows: Sequence[int], told: Any, *, keep: bool
-) -> tuple[Captured, dict[str, Produced]]:
+    given: Given, models: Sequence[Any], rows: Sequence[int], told: Any, *, name: str, key: str
+) -> dict[str, Produced]:
     from core.transport.capture import capture as sum_moments
     from core.transport.states import StateWriter
 
     pairs = given.pairs(rows)
+    keep = given.capture.raw and name == PARTS[0]
     layout = _layout(given, pairs, rows) if keep else None
     path = given.chunk.workdir / "states.safetensors"
     writer = None if layout is None else StateWriter(path, layout)
@@ -119,10 +118,11 @@ def _run(
         report=told,
         keep=writer,
     )
+    made = {name: _stored(given, captured, name, key, rows)}
     if writer is None or layout is None:
-        return captured, {}
+        return made
     writer.close()
-    return captured, _beside(given, path, layout)
+    return {**_beside(given, path, layout), **made}
 
 
 def _layout(given: Given, pairs: Sequence[Pair], rows: Sequence[int]) -> Layout:

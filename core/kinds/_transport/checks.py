@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from core.errors import SpecInvalid
 from core.kinds._transport.plan import Plan
-from core.transport import cost
+from core.transport import layer_maps
+from core.transport.memory import permuted_layers
 
 
 def check(plan: Plan) -> None:
@@ -42,15 +43,7 @@ def check(plan: Plan) -> None:
 
 def _check_layers(plan: Plan) -> None:
     spec, student, teacher = plan.spec, plan.student, plan.teacher
-    told = plan.capture.layer_map
-    if isinstance(told, tuple):
-        if len(told) != student.layers:
-            raise SpecInvalid(
-                f"capture.layer_map: {len(told)} layers for {student.layers} of the student; name "
-                "one of the teacher's for each",
-                pointer="/capture/layer_map",
-            )
-        _within(told, teacher.layers, "capture.layer_map", "/capture/layer_map")
+    layer_maps.without_states(plan.capture.layer_map, student.layers, teacher.layers)
     _within(spec.evaluate.layers, student.layers, "evaluate.layers", "/evaluate/layers")
     if plan.permute is not None and isinstance(plan.permute.layers, tuple):
         _within(plan.permute.layers, student.layers, "permute.layers", "/permute/layers")
@@ -108,7 +101,7 @@ def _check_moments(plan: Plan) -> None:
     if plan.spec.permute is None:
         return
     layers = {*kept["neuron_layers"], *kept["head_layers"]}
-    for layer in cost.permuted_layers(plan.permute, plan.student):
+    for layer in permuted_layers(plan.permute, plan.student.layers):
         if layer not in layers:
             raise SpecInvalid(
                 f"moments: no statistics of layer {layer}'s heads and neurons were kept; leave "

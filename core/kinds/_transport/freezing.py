@@ -7,9 +7,6 @@ from core.kinds._files import write_json
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
 
-ROWS = 2048
-"""By which layers are compared: their Gram matrices take 32 MiB each."""
-
 
 def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Tokenise every text, fix split and layer map, and freeze all of it under a run_id."""
@@ -40,8 +37,9 @@ def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
 
 def _by_cka(given: Given) -> tuple[int, ...]:
     """Compare layers on texts that are not held out: those of the training split."""
-    from core.transport import layer_maps
+    from core.transport.cka import cka
     from core.transport.held_out import draw
+    from core.transport.memory import CKA_ROWS
     from core.transport.samples import sample_layers
 
     splits = draw(given.prompts, given.held_out)
@@ -51,8 +49,8 @@ def _by_cka(given: Given) -> tuple[int, ...]:
         models[0],
         models[1],
         given.pairs(rows),
-        rows=ROWS,
+        rows=CKA_ROWS,
         batch_tokens=given.capture.batch_tokens,
         report=given.chunk.progress,
     )
-    return layer_maps.cka(*states)[1]
+    return cka(*states)[1]

@@ -11,6 +11,7 @@ from core.kinds._files import write_json
 from core.kinds._transport.capturing import PARTS, block_paths
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
+from core.transport.memory import permuted_layers
 
 if TYPE_CHECKING:
     from core.transport.moments import Moments
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 def permute(spec: Spec, chunk: Chunk) -> ChunkResult:
     """Match heads and neurons, layer by layer."""
-    from core.transport import cost, permutations
+    from core.transport import permutations
     from core.transport.permute import match_layer
 
     given = Given(spec, chunk)
     plan = given.plan
-    paths, layers = block_paths(given, *PARTS), cost.permuted_layers(plan.permute, plan.student)
+    paths = block_paths(given, *PARTS)
+    layers = permuted_layers(plan.permute, plan.student.layers)
     found, reports = {}, []
     for done, layer in enumerate(layers):
         chunk.progress(done, len(layers))

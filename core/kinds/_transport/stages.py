@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from core.architectures.shape import ITEM_BYTES
 from core.kinds._base import Cost, Input, Stage, StageCost
 from core.kinds._transport.checks import check
+from core.kinds._transport.needs import SCRATCH_BYTES, Needs
 from core.kinds._transport.plan import Plan
 from core.kinds._transport.spec import Spec
 from core.transport import cost
-
-SCRATCH_BYTES = 2**28
-"""What a chunk holds beside what is counted: tokenizers, one batch's bookkeeping, pictures."""
 
 
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
@@ -23,62 +20,23 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """
     plan = Plan(spec, inputs)
     check(plan)
-    models = _models_bytes(plan)
-    moments = cost.moments_bytes(plan.student, plan.teacher)
-    pair = cost.pair_bytes(plan.student, plan.teacher)
-    wide = cost.widened(plan.student, plan.teacher)
+    need = Needs(plan)
     judged, told = spec.runs("evaluate"), int(spec.runs("permute"))
-    looks = SCRATCH_BYTES if plan.capture.layer_map != "cka" else models
+    matches = int(plan.permute is not None and spec.runs("permute"))
     found = [
-        Stage("ledger", int(not plan.frozen), memory_bytes=looks),
-        Stage("capture", plan.captures * plan.blocks, memory_bytes=models + moments),
+        Stage("ledger", int(not plan.frozen), memory_bytes=need.ledger),
+        Stage("capture", plan.captures * plan.blocks, memory_bytes=need.capture),
         Stage("collect", int(plan.captures), memory_bytes=SCRATCH_BYTES),
-        Stage(
-            "permute",
-            int(plan.permute is not None and spec.runs("permute")),
-            memory_bytes=SCRATCH_BYTES + 4 * 8 * plan.student.neurons**2,
-        ),
-        Stage(
-            "rotate",
-            plan.rotates * len(plan.groups),
-            memory_bytes=SCRATCH_BYTES + 3 * pair + 8 * 8 * wide**2,
-        ),
-        Stage("bind", int(plan.rotates), memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
-        Stage(
-            "fold",
-            plan.folds * len(plan.fold_chunks),
-            memory_bytes=SCRATCH_BYTES + _fold_bytes(plan),
-        ),
+        Stage("permute", matches, memory_bytes=need.permute),
+        Stage("rotate", plan.rotates * len(plan.groups), memory_bytes=need.rotate),
+        Stage("bind", int(plan.rotates), memory_bytes=need.rotations),
+        Stage("fold", plan.folds * len(plan.fold_chunks), memory_bytes=need.fold),
         Stage("pack", int(plan.folds), memory_bytes=SCRATCH_BYTES),
-        Stage(
-            "evaluate",
-            judged * len(plan.judged),
-            memory_bytes=round(models * wide / plan.student.width),
-        ),
-        Stage("report", told, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
-        Stage("gates", told, memory_bytes=SCRATCH_BYTES + 8 * 8 * wide**2),
+        Stage("evaluate", judged * len(plan.judged), memory_bytes=need.evaluate),
+        Stage("report", told, memory_bytes=need.rotations),
+        Stage("gates", told, memory_bytes=need.rotations),
     ]
     return [stage for stage in found if stage.chunks]
-
-
-def _models_bytes(plan: Plan) -> int:
-    """Both models and what one batch of tokens makes of itself in them."""
-    item = 4 if plan.capture.dtype == "float32" else 2
-    batch = plan.capture.batch_tokens
-    both = 0
-    for shape in (plan.student, plan.teacher):
-        weights = shape.parameters * max(item, ITEM_BYTES[shape.dtype])
-        both += weights + 4 * batch * (8 * shape.width + 4 * shape.neurons)
-    return both + SCRATCH_BYTES
-
-
-def _fold_bytes(plan: Plan) -> int:
-    """Two of the largest shard at most, and the maps."""
-    meta = plan.inputs["student"].meta
-    wide = cost.widened(plan.student, plan.teacher)
-    grown = meta["largest_shard_bytes"] * wide // plan.student.width
-    maps = 8 * plan.student.width * wide * len(plan.groups)
-    return int(2 * grown + maps)
 
 
 def count_cost(spec: Spec, inputs: Mapping[str, Input]) -> Cost:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from core.errors import Cancelled, DataInvalid
 from core.specs.transport import Capture, Permute
 from core.transport.capture import capture
-from core.transport.moments import Captured, Moments, moments_bytes
+from core.transport.memory import moments_bytes
+from core.transport.moments import Captured, Moments
 from core.transport.pairs import Pair, plan_batches
 from core.transport.sites import sites, teacher_site
 from core.transport.streams import shape_of

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.architectures.shape import ModelShape
 from core.specs.transport import Capture, Evaluate, Fold, Permute, Rotate
-from core.transport import cost
+from core.transport import cost, memory
 from scripts.transport_cost import main
 from tests.core.transport.models import VARIANTS, tiny_model
 
@@ -83,10 +83,10 @@ def test_operations_of_a_forward_pass_are_those_torch_counts(variant: str) -> No
 def test_moments_take_what_they_hold() -> None:
     small, large = _large()
 
-    pair = cost.pair_bytes(small, large)
+    pair = memory.pair_bytes(small, large)
 
     assert pair == 8 * (1 + 2048 + 5120 + 2048**2 + 5120**2 + 2048 * 5120)
-    assert cost.moments_bytes(small, large) == 73 * pair
+    assert memory.moments_bytes(small, large) == 73 * pair
 
 
 def test_each_chunk_loads_both_models() -> None:

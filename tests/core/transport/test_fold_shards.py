@@ -16,13 +16,11 @@ from torch import Tensor
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel, ModelFile
-from core.transport import weight_streams
+from core.transport import memory
 from core.transport.fold_folders import fold_folder, shape_of, weight_files
-from core.transport.fold_plans import FoldPlan
 from core.transport.fold_records import RECORD, read_record
 from core.transport.fold_shards import (
     SKIP_ADAPTERS,
-    fold_bytes,
     fold_shard,
     fold_task,
     read_norms,
@@ -101,8 +99,8 @@ def test_the_same_plan_gives_the_same_bytes_and_blocks_change_no_number(
     plan = plan_of(shape_of(source), "global", width=48, permuted=True)
     fold_folder(source, tmp_path / "a", plan)
     fold_folder(source, tmp_path / "b", plan)
-    monkeypatch.setattr(weight_streams, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(weight_streams, "OUT_ROWS", 7)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(memory, "OUT_ROWS", 7)
     fold_folder(source, tmp_path / "c", plan)
 
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -269,15 +267,14 @@ def test_memory_is_the_maps_one_weight_that_writes_and_a_block() -> None:
     shape = replace(
         _small(), width=2048, neurons=11008, layers=36, vocabulary=151_936, dtype="bfloat16"
     )
-    plan = FoldPlan(shape, "global", {"global": torch.empty(2048, 5120, device="meta").double()})
-    object.__setattr__(plan, "width", 5120)  # as read from the map, which holds no numbers here
 
-    asked = fold_bytes(plan)
+    def asked(maps: int) -> int:
+        return memory.fold_bytes(shape, width=5120, maps=maps, variant="global")
 
     maps = 8 * 2048 * 5120 + 8 * 73 * 2048
     down = 2 * 2048 * 11008 + 2 * 512 * 11008
-    assert maps + down < asked <= maps + down + weight_streams.BLOCK_BYTES
-    assert fold_bytes(plan, maps=3) - asked == 2 * 8 * 2048 * 5120
+    assert maps + down < asked(1) <= maps + down + memory.BLOCK_BYTES
+    assert asked(3) - asked(1) == 2 * 8 * 2048 * 5120
 
 
 def test_tasks_of_sliced_folds_end_with_the_adapters(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core.errors import SpecInvalid
-from core.transport.layer_maps import cka, explicit, proportional, without_states
+from core.transport.cka import cka
+from core.transport.layer_maps import explicit, proportional, without_states
 
 DEPTHS = st.integers(1, 90)
 

@@ -16,7 +16,8 @@ from core.errors import DataInvalid
 from core.specs.transport import Permute
 from core.tensors import shards
 from core.transport import moment_files
-from core.transport.moments import Captured, moments_bytes
+from core.transport.memory import moments_bytes
+from core.transport.moments import Captured
 from core.transport.streams import shape_of
 from tests.core.transport.models import tiny_model
 from tests.core.transport.readings import captured, eager, paired
