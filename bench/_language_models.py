@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +29,25 @@ SMOLLM2_135M = {
 """The sizes of SmolLM2-135M: 134,515,008 parameters, the embedding once."""
 
 
-def random_model(folder: Path, *, seed: int, layers: int | None = None) -> Path:
-    """Write a Llama of SmolLM2-135M's sizes with random weights, float32, to a new folder.
+WIDE_LAYER = {
+    "hidden_size": 2048,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 16_384,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""One layer of the sizes of Qwen2.5-3B, and a smaller vocabulary: 110,631,936 parameters."""
 
-    Args:
-        folder: made here.
-        seed: of the weights.
-        layers: fewer than it has; None: all.
-    """
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+def random_model(folder: Path, sizes: Mapping[str, Any], *, seed: int) -> Path:
+    """Write a Llama of these sizes with random weights, float32, to a new folder."""
+    disable_progress_bar()
     torch.manual_seed(seed)
-    sizes = SMOLLM2_135M if layers is None else {**SMOLLM2_135M, "num_hidden_layers": layers}
-    config = LlamaConfig(**sizes)  # type: ignore[arg-type]
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
     model.save_pretrained(folder)
     return folder
 

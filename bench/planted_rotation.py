@@ -124,7 +124,7 @@ def main() -> int:
     """Plant and recover in every variant, without noise and with it."""
     args = options(__doc__).parse_args()
     torch.set_num_threads(1)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     found = []
     with TemporaryDirectory() as folder:
         for number, (variant, width, tie) in enumerate(_cases()):

@@ -34,13 +34,13 @@ from core.distill import evaluation as judged
 from core.distill import fitting
 from core.distill.curriculum import training_data
 from core.distill.graph import Graph
-from core.distill.splits import Split
 from core.distill.students._base import Routed, Shown, StudentModule
 from core.distill.teachers.rotational import RotationalTeacher
 from core.distill.training import TrainState, run_epochs
 from core.rotations.sphere import keep_length, step_along, unit
 from core.specs.canonical import Canonical
 from core.specs.clusterings import KMeans
+from core.specs.fitting import Split
 from core.specs.students import (
     GeodesicAttention,
     NlerpGeodesic,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from core.distill.report_parts import (
     QUIET,
     STRONG,
     degrees,
-    draw_loss,
     figure_of,
     plain,
     save_figure,
     settings_of,
-    write_json_report,
+    table_of,
+    write_files,
 )
 
 HEADER = "| | cosine | min | max | std | centred | right answers | right - teacher (95 %) |"
@@ -37,23 +38,14 @@ def write_answer_report(
         Paths by name: report_json, report_md, hits_png, cosines_png and, with a history,
         loss_curve_png.
     """
-    paths = {
-        "report_json": folder / "report.json",
-        "report_md": folder / "report.md",
-        "hits_png": folder / "hits.png",
-        "cosines_png": folder / "cosines.png",
+    pictures = {
+        "hits": partial(draw_accuracy, evaluation=evaluation),
+        "cosines": partial(draw_spread, evaluation=evaluation),
     }
-    write_json_report(
-        paths["report_json"], evaluation.as_json(), title=title, history=history, facts=facts
-    )
     text = markdown(evaluation, title=title, facts=facts, trained=bool(history))
-    paths["report_md"].write_text(text, encoding="utf-8")
-    draw_accuracy(paths["hits_png"], evaluation)
-    draw_spread(paths["cosines_png"], evaluation)
-    if history:
-        paths["loss_curve_png"] = folder / "loss_curve.png"
-        draw_loss(paths["loss_curve_png"], history)
-    return paths
+    return write_files(
+        folder, evaluation.as_json(), text, pictures, title=title, history=history, facts=facts
+    )
 
 
 def markdown(
@@ -76,9 +68,7 @@ def markdown(
         "",
         *(f"- {sentence}" for sentence in evaluation.words),
         "",
-        HEADER,
-        "|---" * (HEADER.count("|") - 1) + "|",
-        *(_line(row) for row in evaluation.rows),
+        *table_of(HEADER, (_line(row) for row in evaluation.rows)),
         "",
         "![share of right answers of every row](hits.png)",
         "",

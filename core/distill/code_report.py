@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from core.distill.neighbours import NEAREST
 from core.distill.report_parts import (
     QUIET,
     STRONG,
-    draw_loss,
     figure_of,
     plain,
     save_figure,
     settings_of,
-    write_json_report,
+    table_of,
+    write_files,
 )
 from core.tensors.shards import Array
 
@@ -54,24 +55,15 @@ def write_code_report(
         Paths by name: report_json, report_md, recall_png, map_png and, with a history,
         loss_curve_png.
     """
-    paths = {
-        "report_json": folder / "report.json",
-        "report_md": folder / "report.md",
-        "recall_png": folder / "recall.png",
-        "map_png": folder / "map.png",
-    }
-    write_json_report(
-        paths["report_json"], evaluation.as_json(), title=title, history=history, facts=facts
-    )
-    text = markdown(evaluation, title=title, facts=facts, trained=bool(history))
-    paths["report_md"].write_text(text, encoding="utf-8")
-    draw_recall(paths["recall_png"], evaluation)
     name, drawn = next(iter(codes.items()))
-    draw_map(paths["map_png"], name, drawn, groups)
-    if history:
-        paths["loss_curve_png"] = folder / "loss_curve.png"
-        draw_loss(paths["loss_curve_png"], history)
-    return paths
+    pictures = {
+        "recall": partial(draw_recall, evaluation=evaluation),
+        "map": partial(draw_map, name=name, codes=drawn, groups=groups),
+    }
+    text = markdown(evaluation, title=title, facts=facts, trained=bool(history))
+    return write_files(
+        folder, evaluation.as_json(), text, pictures, title=title, history=history, facts=facts
+    )
 
 
 def markdown(
@@ -93,9 +85,7 @@ def markdown(
         "",
         *(f"- {sentence}" for sentence in evaluation.words),
         "",
-        HEADER,
-        "|---" * (HEADER.count("|") - 1) + "|",
-        *(_line(row) for row in evaluation.rows),
+        *table_of(HEADER, (_line(row) for row in evaluation.rows)),
         "",
         "![recall of every row](recall.png)",
         "",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from core.distill.choosing import STRENGTHS, TEMPERATURES, Score, choose
-from core.distill.clustering import Report, centroids, cluster, unheard
+from core.distill.clustering import Report, centroids, unheard
 from core.distill.retrieval import Index
 from core.distill.routing import nearest
-from core.distill.splits import Split, split_clusters, split_rows
+from core.distill.splits import split_again, training_rows
 from core.distill.teachers._federated import TOP_K
 from core.errors import DataInvalid, SpecInvalid
 from core.rotations.action import exp_action
@@ -27,6 +27,7 @@ from core.rotations.logarithm import rotation_log
 from core.rotations.mixture import Mixture
 from core.rotations.procrustes import centred_procrustes, procrustes_from_moment
 from core.specs.clusterings import Clustering
+from core.specs.fitting import Split
 from core.tensors.formats import Federated, Pairs
 from core.tensors.shards import Array
 
@@ -72,10 +73,7 @@ def prepare(  # noqa: PLR0913 - what a job says, by keyword
     compat: Literal["legacy"] | None = None,
     report: Report = unheard,
 ) -> Prepared:
-    """Split, cluster the training targets, and fit the one global rotation.
-
-    Split by ``cluster``, all targets are clustered first, only to say what is held out together;
-    the model's own clusters are found among the training rows alone, as ever.
+    """Split, cluster the training targets (``training_rows``), and fit the one global rotation.
 
     ``compat="legacy"`` is document 000: clusters are fitted alone, on centred pairs. It is worse
     than not rotating at all, because a rotation is then arbitrary on every direction that the few
@@ -83,17 +81,9 @@ def prepare(  # noqa: PLR0913 - what a job says, by keyword
     """
     if compat == "legacy":
         anchor = "none"
-    if split == "cluster":
-        whole = cluster(pairs.targets, clustering, seed, pairs.groups, report=report)
-        train, held_out = split_clusters(
-            pairs.queries, whole, seed=seed, test_fraction=test_fraction
-        )
-    else:
-        train, held_out = split_rows(pairs.queries, seed=seed, test_fraction=test_fraction)
-    queries = pairs.queries[train].astype(np.float32)
-    targets = pairs.targets[train].astype(np.float32)
-    groups = None if pairs.groups is None else [pairs.groups[row] for row in train]
-    cluster_of = cluster(targets, clustering, seed, groups, report=report)
+    rows = training_rows(
+        pairs, clustering, seed=seed, test_fraction=test_fraction, split=split, report=report
+    )
     facts = {
         "anchor": anchor,
         "clustering": clustering.model_dump(),
@@ -104,15 +94,15 @@ def prepare(  # noqa: PLR0913 - what a job says, by keyword
         "top_k": top_k,
     }
     return Prepared(
-        queries=queries,
-        targets=targets,
-        cluster_of=cluster_of,
-        clusters=int(cluster_of.max()) + 1,
-        anchor=_anchor(queries, targets, anchor),
+        queries=rows.queries,
+        targets=rows.targets,
+        cluster_of=rows.cluster_of,
+        clusters=int(rows.cluster_of.max()) + 1,
+        anchor=_anchor(rows.queries, rows.targets, anchor),
         anchored=anchor != "none",
         legacy=compat == "legacy",
-        train_rows=train,
-        held_out_rows=held_out,
+        train_rows=rows.train_rows,
+        held_out_rows=rows.held_out_rows,
         facts=facts,
     )
 
@@ -125,12 +115,13 @@ def inner(prepared: Prepared, *, seed: int, fraction: float = 0.2) -> tuple[Prep
     Returns:
         The rest prepared as before (same clusters, the anchor fitted again), and the rows hidden.
     """
-    if prepared.facts["split"] == "cluster" and prepared.clusters > 1:
-        seen, hidden = split_clusters(
-            prepared.queries, prepared.cluster_of, seed=seed + 1, test_fraction=fraction
-        )
-    else:
-        seen, hidden = split_rows(prepared.queries, seed=seed + 1, test_fraction=fraction)
+    seen, hidden = split_again(
+        prepared.queries,
+        prepared.cluster_of,
+        split=prepared.facts["split"],
+        seed=seed + 1,
+        test_fraction=fraction,
+    )
     queries, targets = prepared.queries[seen], prepared.targets[seen]
     rest = Prepared(
         queries=queries,

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.distill.choosing import STRENGTHS, Score, choose
-from core.distill.clustering import Report, centroids, cluster, unheard
+from core.distill.clustering import Report, centroids, unheard
 from core.distill.lda import unit
 from core.distill.retrieval import Index
 from core.distill.routing import EqualRows
-from core.distill.splits import Split, split_clusters, split_rows
+from core.distill.splits import split_again, training_rows
 from core.errors import SpecInvalid
 from core.specs.clusterings import Clustering
+from core.specs.fitting import Split
 from core.tensors.formats import Pairs
 from core.tensors.lda import LDA, Mode
 from core.tensors.shards import Array
@@ -74,10 +75,7 @@ def prepare(
     split: Split = "query",
     report: Report = unheard,
 ) -> Prepared:
-    """Split the pairs and cluster the training targets.
-
-    Split by ``cluster`` (mode ``maps`` alone), all targets are clustered first, only to say what is
-    held out together; the heads are found among the training rows alone, as ever.
+    """Split the pairs and cluster the training targets (``training_rows``): a head per cluster.
 
     Raises:
         SpecInvalid: split ``cluster`` with mode ``answers``: a held-out question's answer would
@@ -90,24 +88,17 @@ def prepare(
             "it was not fitted on; allowed: split 'query', or mode 'maps'",
             pointer="/split",
         )
-    if split == "cluster":
-        whole = cluster(pairs.targets, clustering, seed, pairs.groups, report=report)
-        train, held_out = split_clusters(
-            pairs.queries, whole, seed=seed, test_fraction=test_fraction
-        )
-    else:
-        train, held_out = split_rows(pairs.queries, seed=seed, test_fraction=test_fraction)
-    groups = None if pairs.groups is None else [pairs.groups[row] for row in train]
-    targets = pairs.targets[train].astype(np.float32)
-    cluster_of = cluster(targets, clustering, seed, groups, report=report)
+    rows = training_rows(
+        pairs, clustering, seed=seed, test_fraction=test_fraction, split=split, report=report
+    )
     return Prepared(
-        queries=pairs.queries[train].astype(np.float32),
-        targets=targets,
-        cluster_of=cluster_of,
-        cluster_ids=_ids(cluster_of, groups if clustering.method == "groups" else None),
+        queries=rows.queries,
+        targets=rows.targets,
+        cluster_of=rows.cluster_of,
+        cluster_ids=_ids(rows.cluster_of, rows.groups if clustering.method == "groups" else None),
         mode=mode,
-        train_rows=train,
-        held_out_rows=held_out,
+        train_rows=rows.train_rows,
+        held_out_rows=rows.held_out_rows,
         facts={
             "clustering": clustering.model_dump(),
             "seed": seed,
@@ -240,11 +231,13 @@ def map_scores(
 def _inner(prepared: Prepared, seed: int) -> tuple[Array, Array]:
     """Hide a share of the training rows, split as the whole was."""
     fraction = min(HIDDEN_SHARE, MOST_HIDDEN / len(prepared.queries))
-    if prepared.facts["split"] == "cluster" and prepared.heads > 1:
-        return split_clusters(
-            prepared.queries, prepared.cluster_of, seed=seed + 1, test_fraction=fraction
-        )
-    return split_rows(prepared.queries, seed=seed + 1, test_fraction=fraction)
+    return split_again(
+        prepared.queries,
+        prepared.cluster_of,
+        split=prepared.facts["split"],
+        seed=seed + 1,
+        test_fraction=fraction,
+    )
 
 
 def _centroids(queries: Array, cluster_of: Array, heads: int) -> Array:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from core.distill.evaluation import TEACHER, Evaluation, Row
 from core.distill.report_parts import (
@@ -14,11 +13,12 @@ from core.distill.report_parts import (
     QUIET,
     STRONG,
     degrees,
-    draw_loss,
+    figure_of,
     plain,
     save_figure,
     settings_of,
-    write_json_report,
+    table_of,
+    write_files,
 )
 from core.distill.selection import Selection
 
@@ -51,24 +51,14 @@ def write_report(
         Paths by name: report_json, report_md, hits_png, cosines_png and, with a history,
         loss_curve_png.
     """
-    paths = {
-        "report_json": folder / "report.json",
-        "report_md": folder / "report.md",
-        "hits_png": folder / "hits.png",
-        "cosines_png": folder / "cosines.png",
+    pictures = {
+        "hits": partial(draw_hits, evaluation=evaluation),
+        "cosines": partial(draw_cosines, evaluation=evaluation),
     }
-    write_json_report(
-        paths["report_json"], evaluation.as_json(), title=title, history=history, facts=facts
+    text = markdown(evaluation, title=title, facts=facts, trained=bool(history))
+    return write_files(
+        folder, evaluation.as_json(), text, pictures, title=title, history=history, facts=facts
     )
-    paths["report_md"].write_text(
-        markdown(evaluation, title=title, facts=facts, trained=bool(history)), encoding="utf-8"
-    )
-    draw_hits(paths["hits_png"], evaluation)
-    draw_cosines(paths["cosines_png"], evaluation)
-    if history:
-        paths["loss_curve_png"] = folder / "loss_curve.png"
-        draw_loss(paths["loss_curve_png"], history)
-    return paths
 
 
 def markdown(
@@ -94,9 +84,7 @@ def markdown(
         "",
         *(f"- {sentence}" for sentence in evaluation.words),
         "",
-        HEADER,
-        "|---" * (HEADER.count("|") - 1) + "|",
-        *(_line(row) for row in evaluation.rows),
+        *table_of(HEADER, (_line(row) for row in evaluation.rows)),
         "",
         "![hit@1, 5 and 10 of every row](hits.png)",
         "",
@@ -112,8 +100,7 @@ def markdown(
 def draw_hits(path: Path, evaluation: Evaluation) -> None:
     """Draw hit@1, 5 and 10 of every row as bars."""
     rows = evaluation.rows
-    figure = Figure(figsize=(7, 1 + 0.55 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = figure_of(height=1 + 0.55 * len(rows))
     for shift, (k, colour) in zip(
         (-0.26, 0, 0.26), ((1, STRONG), (5, QUIET), (10, "#d5dbe1")), strict=True
     ):
@@ -134,8 +121,7 @@ def draw_hits(path: Path, evaluation: Evaluation) -> None:
 def draw_cosines(path: Path, evaluation: Evaluation) -> None:
     """Draw how far every row is from the teacher, in degrees (log scale): mean, p95 and worst."""
     rows = [row for row in evaluation.rows if row.name != TEACHER]
-    figure = Figure(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = figure_of(height=1 + 0.45 * len(rows))
     places = range(len(rows))
     angles = [
         [degrees(cosine) for cosine in cosines]
@@ -159,8 +145,7 @@ def draw_scores(path: Path, selection: Selection) -> None:
     The choice is marked, and the line that the rule of one standard error draws below the best.
     """
     lines = sorted(selection.lines, key=lambda line: line.stored_bytes)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = figure_of(height=4.5)
     sizes, scores = [line.stored_bytes / 1e6 for line in lines], [line.log_score for line in lines]
     errors = [line.standard_error or 0.0 for line in lines]
     axes.errorbar(sizes, scores, errors, fmt="o", color=INK, ecolor=QUIET, capsize=3)
@@ -199,8 +184,7 @@ def draw_explained(path: Path, explained: Sequence[float], *, together: float) -
         explained: shares of single planes, in the codebook's order.
         together: the share that all planes explain; below the sum where planes overlap.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = figure_of(height=4)
     if not any(explained):
         axes.text(0.5, 0.5, "made from nothing: no share to show", ha="center", color=INK)
         axes.set_axis_off()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -22,7 +22,47 @@ TOLD_STAGES = 8
 INK, QUIET, STRONG = "#20242a", "#9aa5b1", "#2f6f9f"
 
 
-def write_json_report(
+Draw = Callable[[Path], None]
+"""Writes one picture."""
+
+
+def write_files(
+    folder: Path,
+    evaluation: Mapping[str, Any],
+    text: str,
+    pictures: Mapping[str, Draw],
+    *,
+    title: str,
+    history: Sequence[Mapping[str, float]],
+    facts: Mapping[str, Any] | None,
+) -> dict[str, Path]:
+    """Write a whole report: its JSON, its text, its pictures and, with a history, the loss curve.
+
+    Args:
+        folder: exists.
+        evaluation: what was measured, as JSON values.
+        text: of report.md.
+        pictures: name -> what draws NAME.png.
+        title: of the report.
+        history: of the training, one row per epoch; without one there is no loss curve.
+        facts: JSON values: settings, sizes.
+
+    Returns:
+        Paths by name: report_json, report_md, NAME_png of each picture, loss_curve_png.
+    """
+    paths = {"report_json": folder / "report.json", "report_md": folder / "report.md"}
+    _write_json(paths["report_json"], evaluation, title=title, history=history, facts=facts)
+    paths["report_md"].write_text(text, encoding="utf-8")
+    drawn = dict(pictures)
+    if history:
+        drawn["loss_curve"] = partial(draw_loss, history=history)
+    for name, draw in drawn.items():
+        paths[f"{name}_png"] = folder / f"{name}.png"
+        draw(paths[f"{name}_png"])
+    return paths
+
+
+def _write_json(
     path: Path,
     evaluation: Mapping[str, Any],
     *,
@@ -47,6 +87,11 @@ def settings_of(facts: Mapping[str, Any] | None) -> list[str]:
         return []
     settings = json.dumps(dict(facts), sort_keys=True, indent=1, allow_nan=False)
     return ["```json", settings, "```", ""]
+
+
+def table_of(header: str, rows: Iterable[str]) -> list[str]:
+    """Return the lines of a Markdown table: its head, the line below it, its rows."""
+    return [header, "|---" * (header.count("|") - 1) + "|", *rows]
 
 
 def plain(draw: Callable[P, None]) -> Callable[P, None]:
@@ -84,8 +129,7 @@ def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     Of a curriculum's stages each loss stands by itself, since each has its own temperature. Says
     so where no epoch ran.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = figure_of(height=4)
     if not history:
         axes.text(0.5, 0.5, "nothing to train: no epoch ran", ha="center", color=INK)
         axes.set_axis_off()

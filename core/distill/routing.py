@@ -92,13 +92,18 @@ def route(
     neighbours, similarity = nearest(
         queries, keys, top_k=top_k, exclude_rows=exclude_rows, equal_to=equal_to
     )
-    if bool((similarity[:, 0] == -torch.inf).any()):
-        raise DataInvalid(
-            f"exclude_rows: a query excludes all {len(keys)} training queries; more are needed"
-        )
+    check_seen(similarity[:, 0], keys=len(keys))
     weights = (similarity.double() / temperature).softmax(dim=1)
     mixture = Mixture.from_topk(cluster_of[neighbours], weights, cluster_count)
     return replace(mixture, weights=mixture.weights.to(queries.dtype))
+
+
+def check_seen(best: Tensor, *, keys: int) -> None:
+    """Raise DataInvalid where a query sees none of ``keys``: its best, [Q], is -inf then."""
+    if bool((best == -torch.inf).any()):
+        raise DataInvalid(
+            f"exclude_rows: a query excludes all {keys} training queries; more are needed"
+        )
 
 
 def nearest(

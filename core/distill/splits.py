@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 
+from core.distill.clustering import Report, cluster, unheard
 from core.errors import DataInvalid, SpecInvalid
+from core.specs.clusterings import Clustering
+from core.specs.fitting import Split
+from core.tensors.formats import Pairs
 from core.tensors.shards import Array
 
-Split = Literal["query", "cluster"]
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows of pairs that are fitted on, clustered, and which rows are not."""
+
+    queries: Array
+    """[n, d] float32."""
+    targets: Array
+    """[n, d] float32."""
+    groups: list[str] | None
+    """[n] where the pairs have them."""
+    cluster_of: Array
+    """[n] int64, found among these rows alone."""
+    train_rows: Array
+    """[n] int64, rows of the pairs."""
+    held_out_rows: Array
+    """[h] int64."""
+
+
+def training_rows(
+    pairs: Pairs,
+    clustering: Clustering,
+    *,
+    seed: int,
+    test_fraction: float,
+    split: Split,
+    report: Report = unheard,
+) -> TrainingRows:
+    """Split the pairs and cluster the training targets.
+
+    Split by ``cluster``, all targets are clustered first, only to say what is held out together;
+    a model's own clusters are found among the training rows alone, as ever.
+
+    Raises:
+        DataInvalid: the pairs have no groups and are to be clustered by them, or are too few.
+    """
+    if split == "cluster":
+        whole = cluster(pairs.targets, clustering, seed, pairs.groups, report=report)
+        train, held_out = split_clusters(
+            pairs.queries, whole, seed=seed, test_fraction=test_fraction
+        )
+    else:
+        train, held_out = split_rows(pairs.queries, seed=seed, test_fraction=test_fraction)
+    targets = pairs.targets[train].astype(np.float32)
+    groups = None if pairs.groups is None else [pairs.groups[row] for row in train]
+    return TrainingRows(
+        queries=pairs.queries[train].astype(np.float32),
+        targets=targets,
+        groups=groups,
+        cluster_of=cluster(targets, clustering, seed, groups, report=report),
+        train_rows=train,
+        held_out_rows=held_out,
+    )
 
 
 def split_rows(queries: Array, *, seed: int, test_fraction: float) -> tuple[Array, Array]:
@@ -80,6 +136,15 @@ def split_clusters(
         taken.pop()
     held = np.isin(home, taken)[which]
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def split_again(
+    queries: Array, cluster_of: Array, *, split: Split, seed: int, test_fraction: float
+) -> tuple[Array, Array]:
+    """Split training rows as the whole was; by query where all of them are one cluster."""
+    if split == "cluster" and cluster_of.max() > 0:
+        return split_clusters(queries, cluster_of, seed=seed, test_fraction=test_fraction)
+    return split_rows(queries, seed=seed, test_fraction=test_fraction)
 
 
 def _check(test_fraction: float) -> None:

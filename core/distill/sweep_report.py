@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.distill.report import draw_scores
+from core.distill.report_parts import table_of
 from core.distill.selection import Line, Selection, megabytes
 
 HEADER = (
@@ -51,9 +52,7 @@ def markdown(selection: Selection, *, title: str, facts: Mapping[str, Any]) -> s
         "",
         *(f"- {sentence}" for sentence in others),
         "",
-        HEADER,
-        "|---" * (HEADER.count("|") - 1) + "|",
-        *(_row(line, selection) for line in selection.lines),
+        *table_of(HEADER, (_row(line, selection) for line in selection.lines)),
         "",
         f"{selection.held_in} distinct training queries, worth {selection.effective_rows:.1f} "
         f"independent ones; residuals fill {selection.effective_dim:.1f} dimensions. "

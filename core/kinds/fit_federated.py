@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
 from core.kinds._files import blocks, float_bytes, read_json, write_json
-from core.specs.base import JobSpec, Reads, Reference
-from core.specs.clusterings import Clustering, Groups, KMeans
+from core.specs.clusterings import Clustering, KMeans, most_clusters
+from core.specs.fitting import FittingSpec
 
 if TYPE_CHECKING:
     from core.distill.fitting import Prepared
@@ -20,11 +19,10 @@ STRENGTHS_TRIED = 6
 CLUSTERS_PER_CHUNK = 16
 
 
-class Spec(JobSpec):
+class Spec(FittingSpec):
     """Which pairs, how to cluster them, and what the rotations are anchored to."""
 
     kind: Literal["fit_federated"] = "fit_federated"
-    pairs: Annotated[Reference, Reads("pairs")] = Field(description="Queries and their targets.")
     clustering: Clustering = KMeans()
     anchor: Literal["global", "identity", "none"] = Field(
         "global", description="What a cluster's rotation stays near where its pairs say nothing."
@@ -45,14 +43,6 @@ class Spec(JobSpec):
         le=1024,
         description="Neighbours a query routes through while choosing, kept in the model: a "
         "teacher that is told no top_k takes the same.",
-    )
-    test_fraction: float = Field(
-        0.2, gt=0, lt=0.9, description="Of the queries, never fitted on; by cluster about."
-    )
-    split: Literal["query", "cluster"] = Field(
-        "query",
-        description="What is held out together: single queries, or whole clusters of targets "
-        "(of the same clustering), so that what is judged is of a sort never fitted on.",
     )
     compat: Literal["legacy"] | None = Field(
         None,
@@ -80,14 +70,7 @@ class Spec(JobSpec):
 def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Prepare, compare anchor strengths, fit blocks of clusters, put together."""
     meta = inputs["pairs"].meta
-    most = meta["groups"] if isinstance(spec.clustering, Groups) else spec.clustering.max_clusters
-    if isinstance(spec.clustering, Groups) and not most:
-        raise SpecInvalid(
-            "clustering 'groups' needs a groups column, and these pairs have none; "
-            "allowed for them: kmeans, mst",
-            pointer="/clustering/method",
-        )
-    most = min(most, meta["rows"])
+    most = most_clusters(spec.clustering, meta)
     rows, dim = meta["rows"], meta["dim"]
     # Queries and targets, their turned copies, and every cluster's rotation.
     needed = 4 * float_bytes(rows, dim) + 2 * float_bytes(most, dim, dim)

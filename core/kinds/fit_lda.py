@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
 from core.kinds._files import float_bytes, read_json, write_json
-from core.specs.base import JobSpec, Reads, Reference
-from core.specs.clusterings import Clustering, Groups, KMeans
+from core.specs.clusterings import Clustering, Groups, KMeans, most_clusters
+from core.specs.fitting import FittingSpec
 
 if TYPE_CHECKING:
     from core.distill.choosing import Score
@@ -22,14 +21,10 @@ SCRATCH_BYTES = 2**28
 """What scoring holds beside pairs and heads: some blocks of 16 MiB, and those of a search."""
 
 
-class Spec(JobSpec):
+class Spec(FittingSpec):
     """Which pairs, how to cluster them, and what a head answers with."""
 
     kind: Literal["fit_lda"] = "fit_lda"
-    pairs: Annotated[Reference, Reads("pairs")] = Field(
-        description="Questions and their answers; groups, where there are, say which belong "
-        "together."
-    )
     clustering: Clustering | None = Field(
         None,
         description="Each cluster becomes a head; null: groups where the pairs have them, else "
@@ -37,7 +32,8 @@ class Spec(JobSpec):
     )
     mode: Literal["answers", "maps"] = Field(
         "answers",
-        description="What heads hold: an answer vector each, or a linear map of the question each.",
+        description="What heads hold: an answer vector each, or a linear map of the question each, "
+        "which alone can be judged on a split by cluster.",
     )
     temperature: float | None = Field(
         None,
@@ -53,14 +49,6 @@ class Spec(JobSpec):
         le=1e9,
         description="Of the global map that a head's map stays near, and of the identity that the "
         "global map does, in pairs; mode 'maps' alone; null: chosen like the temperature.",
-    )
-    test_fraction: float = Field(
-        0.2, gt=0, lt=0.9, description="Of the questions, never fitted on; by cluster about."
-    )
-    split: Literal["query", "cluster"] = Field(
-        "query",
-        description="What is held out together: single questions, or whole clusters of answers, "
-        "which mode 'maps' alone can be judged on.",
     )
 
     @model_validator(mode="after")
@@ -94,15 +82,7 @@ def stages(spec: Spec, inputs: Mapping[str, Input]) -> Sequence[Stage]:
     """Prepare, compare settings, fit all heads."""
     meta = inputs["pairs"].meta
     rows, dim = meta["rows"], meta["dim"]
-    clustering = _clustering(spec, meta)
-    if isinstance(clustering, Groups) and not meta["groups"]:
-        raise SpecInvalid(
-            "clustering 'groups' needs a groups column, and these pairs have none; "
-            "allowed for them: kmeans, mst",
-            pointer="/clustering/method",
-        )
-    most = meta["groups"] if isinstance(clustering, Groups) else clustering.max_clusters
-    heads = min(most, rows)
+    heads = most_clusters(_clustering(spec, meta), meta)
     # Queries and targets, their copies in float64, and every head twice; a map's solve beside.
     needed = 6 * float_bytes(rows, dim) + 2 * float_bytes(heads, dim) + SCRATCH_BYTES
     if spec.mode == "maps":

@@ -11,6 +11,7 @@ from core.errors import DataInvalid, SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Input, Kind, Metric, Produced, Stage
 from core.kinds._files import float_bytes
 from core.specs.base import JobSpec, Reads, Reference
+from core.specs.fitting import Split, TestFraction
 
 if TYPE_CHECKING:
     from core.tensors.embeddings import Embeddings
@@ -32,10 +33,10 @@ class Spec(JobSpec):
         description="What a student is given of pairs: their queries (null: the same), or the "
         "targets themselves. Stored embeddings say it themselves: leave it null.",
     )
-    test_fraction: float = Field(
-        0.2, gt=0, lt=0.9, description="Of the different inputs, held out; by cluster about."
+    test_fraction: TestFraction = Field(
+        0.2, description="Of the different inputs, held out; by cluster about."
     )
-    split: Literal["query", "cluster"] = Field(
+    split: Split = Field(
         "query",
         description="What is held out together: single inputs, or whole groups of them. Equal "
         "inputs stay on one side.",

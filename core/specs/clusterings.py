@@ -1,9 +1,11 @@
 """How queries are grouped into clusters before one rotation is fitted to each."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from core.errors import SpecInvalid
 from core.specs.base import Closed
 
 MinSize = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -36,3 +38,20 @@ class Groups(Closed):
 
 
 Clustering = Annotated[KMeans | Mst | Groups, Field(discriminator="method")]
+
+
+def most_clusters(clustering: Clustering, pairs: Mapping[str, Any]) -> int:
+    """Return how many clusters pairs of this meta come to at most.
+
+    Raises:
+        SpecInvalid: they are to be clustered by their groups, and have none.
+    """
+    if not isinstance(clustering, Groups):
+        most = clustering.max_clusters
+    elif not (most := pairs["groups"]):
+        raise SpecInvalid(
+            "clustering 'groups' needs a groups column, and these pairs have none; "
+            "allowed for them: kmeans, mst",
+            pointer="/clustering/method",
+        )
+    return min(most, int(pairs["rows"]))

@@ -87,10 +87,10 @@ class Rotate(Closed):
         "held_out: of five shares of it, the best on a fifth of the training texts.",
     )
     shrink: float = Field(1.0, ge=0.05, le=1, description="0.8 is the document's cautious choice.")
-    pca: Literal["each", "joint"] = Field(
-        "each",
-        description="Leading directions of either model's own second moments, or of the "
-        "cross-moment (PLS-SVD).",
+    pca: Literal["joint", "each"] = Field(
+        "joint",
+        description="Leading directions of the cross-moment (PLS-SVD), which makes the map the "
+        "best of its rank; or of either model's own second moments, as the document has it.",
     )
     centre: bool = Field(
         default=False,

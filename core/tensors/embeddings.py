@@ -16,7 +16,7 @@ import numpy as np
 
 from core.errors import DataInvalid
 from core.tensors import shards
-from core.tensors.formats import check_embeddings
+from core.tensors.formats import check_embeddings, check_split
 from core.tensors.manifests import check_texts, shown
 from core.tensors.shards import Array
 
@@ -124,12 +124,7 @@ def _check_split(found: Embeddings, rows: int) -> None:
             raise DataInvalid(f"{name}: needed ascending row numbers, each once")
     if not len(found.train_rows):
         raise DataInvalid("train_rows: none; needed at least 1 row to train on")
-    both = np.sort(np.concatenate([found.train_rows, found.held_out_rows]))
-    if not np.array_equal(both, np.arange(rows)):
-        raise DataInvalid(
-            f"train_rows and held_out_rows: needed each row from 0 to {rows - 1} once, in one of "
-            "the two"
-        )
+    check_split(found.train_rows, found.held_out_rows, rows=rows)
 
 
 def _is_sha256(value: Any) -> bool:

@@ -190,7 +190,7 @@ def check_federated(model: Federated) -> None:
     check_clusters(model.cluster_of, len(model.rotations))
     _check_rotations("rotations", model.rotations)
     _check_rotations("anchor", model.anchor[None])
-    _check_rows(model)
+    check_split(model.train_rows, model.held_out_rows)
     written = {"format": "federated_model", "version": 1, **model.meta()}
     clusters, rows = len(model.rotations), len(model.queries)
     check_manifest(model.manifest, written, clusters=clusters, rows=rows)
@@ -203,7 +203,7 @@ def _check_shapes(model: Federated) -> None:
             f"rotations: shape {list(model.rotations.shape)}; needed [clusters >= 1, dim, dim]"
         )
     (clusters, dim, _), rows = model.rotations.shape, len(np.atleast_1d(model.queries))
-    expected: dict[str, tuple[tuple[int, ...], str]] = {
+    needed: Layout = {
         "rotations": ((clusters, dim, dim), "float32"),
         "scales": ((clusters,), "float32"),
         "anchor": ((dim, dim), "float32"),
@@ -214,20 +214,34 @@ def _check_shapes(model: Federated) -> None:
         "train_rows": ((rows,), "int64"),
         "held_out_rows": ((model.held_out_rows.size,), "int64"),
     }
-    for name, (shape, dtype) in expected.items():
+    check_layout(model, needed)
+
+
+Layout = Mapping[str, tuple[tuple[int, ...], str]]
+"""Field -> the shape and dtype it needs."""
+
+
+def check_layout(model: object, needed: Layout) -> None:
+    """Raise DataInvalid where an array of a model has another shape or dtype; None may be."""
+    for name, (shape, dtype) in needed.items():
         found = getattr(model, name)
-        if found.shape != shape or found.dtype.name != dtype:
+        if found is not None and (found.shape != shape or found.dtype.name != dtype):
             raise DataInvalid(
                 f"{name}: {found.dtype} of shape {list(found.shape)}; needed {dtype} {list(shape)}"
             )
 
 
-def _check_rows(model: Federated) -> None:
-    rows = np.sort(np.concatenate([model.train_rows, model.held_out_rows]))
-    if not np.array_equal(rows, np.arange(len(rows))):
+def check_split(train_rows: Array, held_out_rows: Array, *, rows: int | None = None) -> None:
+    """Raise DataInvalid unless the two int64 arrays hold each of ``rows`` rows once.
+
+    ``rows`` None: as many as the two have together.
+    """
+    both = np.sort(np.concatenate([train_rows, held_out_rows]))
+    count = len(both) if rows is None else rows
+    if not np.array_equal(both, np.arange(count)):
         raise DataInvalid(
-            f"train_rows and held_out_rows: needed each row from 0 to {len(rows) - 1} once, in one "
-            "of the two"
+            f"train_rows and held_out_rows: needed each row from 0 to {count - 1} once, in one of "
+            "the two"
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from core.errors import DataInvalid
 from core.tensors import shards
-from core.tensors.formats import check_embeddings
+from core.tensors.formats import Layout, check_embeddings, check_layout, check_split
 from core.tensors.manifests import (
     LDA_FACTS,
     check_manifest,
@@ -113,7 +113,7 @@ def check_lda(model: LDA) -> None:
             f"{len(model.centroids)}"
         )
     check_ids(model.cluster_ids, heads=len(model.centroids))
-    _check_rows(model)
+    check_split(model.train_rows, model.held_out_rows)
     named = dict(zip(("format", "version"), FORMAT, strict=True))
     check_manifest(
         model.manifest,
@@ -143,7 +143,7 @@ def check_ids(cluster_ids: list[str], *, heads: int) -> None:
 
 def _check_shapes(model: LDA) -> None:
     (heads, dim), rows, width = model.centroids.shape, len(model.queries), model.targets.shape[1]
-    expected: dict[str, tuple[tuple[int, ...], str]] = {
+    needed: Layout = {
         "centroids": ((heads, dim), "float32"),
         "answers": ((heads, width), "float32"),
         "maps": ((heads, dim, width), "float32"),
@@ -153,21 +153,7 @@ def _check_shapes(model: LDA) -> None:
         "train_rows": ((rows,), "int64"),
         "held_out_rows": ((model.held_out_rows.size,), "int64"),
     }
-    for name, (shape, dtype) in expected.items():
-        found = getattr(model, name)
-        if found is not None and (found.shape != shape or found.dtype.name != dtype):
-            raise DataInvalid(
-                f"{name}: {found.dtype} of shape {list(found.shape)}; needed {dtype} {list(shape)}"
-            )
-
-
-def _check_rows(model: LDA) -> None:
-    rows = np.sort(np.concatenate([model.train_rows, model.held_out_rows]))
-    if not np.array_equal(rows, np.arange(len(rows))):
-        raise DataInvalid(
-            f"train_rows and held_out_rows: needed each row from 0 to {len(rows) - 1} once, in one "
-            "of the two"
-        )
+    check_layout(model, needed)
 
 
 def save_lda(path: Path, model: LDA) -> None:

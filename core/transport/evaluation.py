@@ -125,7 +125,10 @@ class _Run:
         wanted = terms.layers or range(shape.layers)
         self.sites = {
             site: SiteScores(
-                len(texts), mean=terms.means.get(site), subspace=terms.subspaces.get(site)
+                len(texts),
+                teacher_width=other.width,
+                mean=terms.means.get(site),
+                subspace=terms.subspaces.get(site),
             )
             for site in places.sites(shape)
             if places.layer_of(site) in {None, *wanted}

@@ -210,17 +210,20 @@ def _improves(gates: Gates, facts: Facts) -> Gate:
         return _missing(name, 0.0, "needs the scores of base and rotated")
     before, after = (facts.scores[variant]["overall"] for variant in ("base", "rotated"))
     rivals = {
-        "before": before["cosine"],
+        "before": before["seen"],
         "shuffled pairs": after["shuffled"],
         "the mean alone": after["mean_only"],
     }
     known = {rival: value for rival, value in rivals.items() if value is not None}
-    if after["cosine"] is None or not known:
+    if after["seen"] is None or not known:
         return _missing(name, 0.0, "a site has no row that counts")
     nearest = max(known, key=lambda rival: known[rival])
-    margin = after["cosine"] - known[nearest]
+    margin = after["seen"] - known[nearest]
     told = ", ".join(f"{rival} {value:.4f}" for rival, value in known.items())
-    why = f"held-out cosine after the rotation {after['cosine']:.4f}, above the largest of: {told}"
+    why = (
+        f"held-out cosine after the rotation, in the teacher's coordinates, {after['seen']:.4f}, "
+        f"above the largest of: {told}"
+    )
     passed = margin > 0 if gates.improves else None
     return Gate(name, passed=passed, value=margin, bound=0.0, why=why)
 

@@ -50,7 +50,7 @@ def load_model(
     Raises:
         DataInvalid: not a model's folder, or its shards lack weights or have others.
     """
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     where = device if placement == "device" else "auto"
     try:
         found: Any = _loader(folder).from_pretrained(

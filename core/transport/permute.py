@@ -21,6 +21,8 @@ from core.errors import DataInvalid
 from core.transport.moments import HeadMoments, NeuronMoments
 from core.transport.permutations import LayerPermutation
 
+ROUNDING = 1e-9
+"""A likeness that falls by less did not fall."""
 STAYS = 1e-9
 """Added where a thing would stay at its place: of equal choices the one that moves less."""
 Matrix = NDArray[np.float64]
@@ -197,12 +199,16 @@ def _figures(
         "before": before,
         "after": after,
         "moved": sum(at != place for place, at in enumerate(order)),
-        "hurt": after < before,
+        "hurt": after < before - ROUNDING,
         "skipped": None,
     }
     if held_out is not None:
         before, after = _means(order, measure(held_out))
-        told |= {"held_out_before": before, "held_out_after": after, "hurt": after < before}
+        told |= {
+            "held_out_before": before,
+            "held_out_after": after,
+            "hurt": after < before - ROUNDING,
+        }
     return told
 
 

@@ -45,14 +45,14 @@ def draw_cosines(path: Path, scores: Mapping[str, Mapping[str, Any]]) -> None:
     figure, axes = _figure(4.2)
     last = scores.get("rotated") or list(scores.values())[-1]
     sites = list(last["sites"])
-    looks = {
+    looks: Mapping[str, Mapping[str, Any]] = {
         "base": {"color": INK, "linestyle": "--"},
         "permuted": {"color": WARM, "linestyle": ":"},
         "rotated": {"color": STRONG, "linewidth": 2.2},
     }
     for name, told in scores.items():
         _line(axes, [told["sites"][site]["cosine"] for site in sites], name, **looks.get(name, {}))
-    nulls = {
+    nulls: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "shuffled": ("shuffled pairs", {"color": QUIET, "linestyle": "-"}),
         "mean_only": ("the mean alone", {"color": QUIET, "linestyle": "-."}),
         "subspace": ("in the shared k dimensions", {"color": STRONG, "linestyle": ":"}),

@@ -20,11 +20,14 @@ from core.transport.report_words import sentences
 from core.transport.sanity import inspect
 
 OVERALL = (
-    *("cosine", "p5", "shuffled", "mean_only", "subspace", "difference_rms"),
+    *("cosine", "p5", "seen", "shuffled", "mean_only", "subspace", "difference_rms"),
     *("stream_rms_ratio", "stream_difference_rms", "channel_rms_factor"),
 )
 TOKENS = ("kl", "top1_agreement", "nats_per_token", "bits_per_character")
-SITES = ("cosine", "p5", "shuffled", "mean_only", "subspace", "difference_rms", "stream_rms_ratio")
+SITES = (
+    *("cosine", "p5", "seen", "shuffled", "mean_only", "subspace"),
+    *("difference_rms", "stream_rms_ratio"),
+)
 PICTURES = {
     "cosines_png": "held-out cosine at every site, with nulls",
     "sizes_png": "RMS of the streams and of their difference, by site",

@@ -11,6 +11,7 @@ from core.transport.rotation_ledger import entries
 TOLD = 3
 """Names that a sentence lists at most."""
 ROUNDING = 1e-9
+"""Of two means of the same numbers."""
 HOPED = 0.75
 """Hidden cosine that document 002 hopes for (sections 7 and 10)."""
 
@@ -48,8 +49,13 @@ def _rotation(facts: Facts) -> list[str]:
         f"give {_number(after['shuffled'])}, the teacher's mean alone "
         f"{_number(after['mean_only'])}."
     ]
+    if after["seen"] is not None and after["seen"] > after["cosine"] + ROUNDING:
+        told.append(
+            f"In the teacher's own coordinates it is {after['seen']:.4f}: the student is wider, "
+            "and no rotation takes away what it has beyond."
+        )
     nulls = [after[name] for name in ("shuffled", "mean_only") if after[name] is not None]
-    if nulls and after["cosine"] <= max(nulls):
+    if nulls and after["seen"] is not None and after["seen"] <= max(nulls):
         told.append(
             "That is no more than a null gives, which knows nothing of the token: the rotation "
             "aligns nothing that is worth having."

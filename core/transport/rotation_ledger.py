@@ -156,7 +156,7 @@ def write_folder(ledger: Mapping[str, Any], folder: Path) -> Path:
     Returns:
         The run's folder.
     """
-    run = folder / "rotations" / ledger["run_id"]
+    run = folder / "rotations" / str(ledger["run_id"])
     run.mkdir(parents=True)
     names = []
     for entry in entries(ledger):

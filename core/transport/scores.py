@@ -24,17 +24,23 @@ class SiteScores:
     """
 
     def __init__(
-        self, texts: int, *, mean: Tensor | None = None, subspace: Tensor | None = None
+        self,
+        texts: int,
+        *,
+        teacher_width: int,
+        mean: Tensor | None = None,
+        subspace: Tensor | None = None,
     ) -> None:
         """Start with no rows.
 
         Args:
             texts: how many there are; rows say theirs by its number.
+            teacher_width: d_t; the teacher's rows are zero beyond.
             mean: [d_t], the teacher's mean row on training texts: the null that knows nothing of
                 a row. None: not to be had.
             subspace: [d_t, k] orthonormal columns, the teacher's side of the shared subspace.
         """
-        self._mean, self._subspace = mean, subspace
+        self._mean, self._subspace, self._width = mean, subspace, teacher_width
         self._cosines: list[Tensor] = []
         self._by_text = torch.zeros(2, texts, dtype=torch.float64)
         self._rows = 0
@@ -66,14 +72,18 @@ class SiteScores:
         by_text = torch.stack([cosines, torch.ones_like(cosines)]).cpu()
         self._by_text.index_add_(1, texts.cpu(), by_text)
         self._rows += len(x)
-        self._plus("shuffled", _cosine(x[partner], y).sum())
+        seen, own = x[:, : self._width], y[:, : self._width]
+        if self._width < x.shape[1]:
+            self._plus("seen", _cosine(seen, own).sum())
+        self._plus("shuffled", _cosine(seen[partner], own).sum())
         if self._mean is not None:
             mean = padded(self._mean, y.shape[1]).to(y)
             self._plus("mean_only", _cosine(mean.expand_as(y), y).sum())
         if self._subspace is not None:
             basis = padded(self._subspace.mT, y.shape[1]).mT.to(y)
             self._plus("subspace", _cosine(x @ basis, y @ basis).sum())
-        self._add_sizes(x, y, *(size.to(x.device).double() for size in rms), cosines)
+        own, teacher = (size.to(x.device).double() for size in rms)
+        self._add_sizes(x, y, own, teacher, cosines)
 
     def _add_sizes(self, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, cosines: Tensor) -> None:
         squares = [row.double().square().sum(0).cpu() for row in (x, y)]
@@ -101,8 +111,10 @@ class SiteScores:
     def result(self) -> dict[str, Any]:
         """Return the site's scores as JSON values; None where there is nothing to say.
 
-        ``cosine`` is the mean over rows and ``p5`` its 5th percentile; ``shuffled``, ``mean_only``
-        and ``subspace`` are mean cosines too. ``difference_rms`` is the RMS of the rows' difference
+        ``cosine`` is the mean over rows and ``p5`` its 5th percentile. ``seen`` is the mean cosine
+        in the teacher's own coordinates, which differs where the student is wider: what it has
+        beyond, no rotation can take away. ``shuffled``, also there, ``mean_only`` and ``subspace``
+        are mean cosines too. ``difference_rms`` is the RMS of the rows' difference
         over the teacher's RMS (document 002, section 16.2); ``stream_rms_ratio`` and
         ``stream_difference_rms`` are of the streams before the norm, the student's RMS over the
         teacher's and the difference's over the teacher's; ``channel_rms_factor`` is the median over
@@ -112,15 +124,17 @@ class SiteScores:
         if not self._rows or self._channels is None:
             return {"rows": 0, **dict.fromkeys(RESULTS)}
         cosines = torch.cat(self._cosines).double()
-        sums, n = self._sums, self._rows
+        sums, n = dict(self._sums), self._rows
         ys = max(sums["stream_y"], 1e-300)
         streams = sums["stream_x"] + sums["stream_y"] - 2 * sums["stream_xy"]
+        mean = float(cosines.mean())
+        sums.setdefault("seen", mean * n)
         found = {
-            "cosine": float(cosines.mean()),
+            "cosine": mean,
             "p5": float(torch.quantile(cosines, 0.05)) if n <= MOST_SORTED else _p5(cosines),
             **{
                 name: sums[name] / n if name in sums else None
-                for name in ("shuffled", "mean_only", "subspace")
+                for name in ("seen", "shuffled", "mean_only", "subspace")
             },
             "difference_rms": math.sqrt(
                 sums["difference"] / max(float(self._channels[1].sum()), 1e-300)
@@ -135,6 +149,7 @@ class SiteScores:
 RESULTS = (
     "cosine",
     "p5",
+    "seen",
     "shuffled",
     "mean_only",
     "subspace",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
@@ -113,27 +113,25 @@ class StateWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._start + at)
+        self._path = path
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(self._start + at)
 
     def __call__(self, site: str, start: int, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Write rows start, start + 1, ... of a site."""
-        for what, rows in (("student", x), ("teacher", y), ("weight", weight)):
-            name = f"{site}.{what}"
-            place = self._places[name]
-            raw = rows.to(device="cpu", dtype=place.dtype).contiguous().flatten().view(torch.uint8)
-            self._file.seek(self._start + place.at + start * place.row_bytes)
-            self._file.write(raw.numpy().data)
-            self._left[name] -= len(rows)
+        # Opened each time, so that a pass that is cancelled leaves nothing open.
+        with self._path.open("r+b") as file:
+            for what, rows in (("student", x), ("teacher", y), ("weight", weight)):
+                name = f"{site}.{what}"
+                place = self._places[name]
+                stored = rows.to(device="cpu", dtype=place.dtype).contiguous()
+                file.seek(self._start + place.at + start * place.row_bytes)
+                file.write(stored.flatten().view(torch.uint8).numpy().data)
+                self._left[name] -= len(rows)
 
     def close(self) -> None:
-        """End the file.
-
-        Raises:
-            ValueError: rows that the layout has were never written.
-        """
-        self._file.close()
+        """Raise ValueError where rows that the layout has were never written."""
         lacking = [name for name, left in self._left.items() if left]
         if lacking:
             raise ValueError(f"states: rows are lacking of {', '.join(lacking[:5])}")
@@ -192,14 +190,19 @@ class States:
                 yield x, y, weight
                 start += rows
 
-    def moments(self) -> Captured:
+    def moments(self, report: Callable[[float, float], None] | None = None) -> Captured:
         """Sum the moments as ``capture`` did: of float32 states they are equal to the last bit.
+
+        Args:
+            report: told sites done and to do.
 
         Raises:
             DataInvalid: a number is not finite.
         """
         found: dict[str, Moments] = {}
-        for site in self.layout.sites:
+        for done, site in enumerate(self.layout.sites):
+            if report is not None:
+                report(done, len(self.layout.sites))
             sums = Moments.zeros(
                 self.layout.student, self.layout.teacher, device=torch.device("cpu")
             )

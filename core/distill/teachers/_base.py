@@ -6,13 +6,16 @@ A file in this package is a teacher; its name is the one in the spec. It ends in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from core.distill.routing import EqualRows
 from core.registry import scan
 from core.rotations.mixture import Mixture
 from core.specs.teachers import Answering
@@ -119,6 +122,67 @@ class RotationTeacher(TeacherModel, Protocol):
     @property
     def bivectors(self) -> Tensor:
         """[C, d, d] skew: log(G^T W_c), or log W_c where those are blended; computed if needed."""
+
+
+class TrainedTeacher(ABC):
+    """What teachers over a stored model share: its training rows, their identity, a device."""
+
+    model: Any
+    spec: Any
+
+    def __init__(self, model: Any, spec: Any, device: str | torch.device) -> None:
+        """Keep the model; ``spec.dtype`` is that of the answers, on ``device``."""
+        self.model, self.spec = model, spec
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+
+    @property
+    def queries(self) -> Array:
+        """[n, d] float32, the model's training queries."""
+        rows: Array = self.model.queries
+        return rows
+
+    @property
+    def truths(self) -> Array:
+        """[n, m] float32, their targets."""
+        rows: Array = self.model.targets
+        return rows
+
+    @property
+    def cluster_of(self) -> Array:
+        """[n] int64, their clusters."""
+        numbers: Array = self.model.cluster_of
+        return numbers
+
+    def own_rows(self, queries: Array) -> Array:
+        """Find queries among the training queries; see TeacherModel."""
+        return self._equal.rows(queries)
+
+    def knowing(self, pairs: Pairs) -> Self:
+        """Need no further pairs: the model is whole."""
+        del pairs
+        return self
+
+    def fingerprint(self) -> str:
+        """Return SHA-256 hex of everything but the query that a target depends on."""
+        return self._fingerprint
+
+    @abstractmethod
+    def _hash(self) -> str:
+        """Compute the fingerprint; asked for once."""
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self._hash()
+
+    @cached_property
+    def _equal(self) -> EqualRows:
+        """Which training queries are the same one: hashes all of them, and only once."""
+        return EqualRows.among(self.queries)
+
+    def _tensor(self, values: Tensor | Array) -> Tensor:
+        tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+        return tensor.to(self.device, self.dtype)
 
 
 @dataclass(frozen=True)

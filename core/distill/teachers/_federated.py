@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from core.distill.routing import VERSION as ROUTING
-from core.distill.routing import EqualRows, route
-from core.distill.teachers._base import Answers, Bivectors
+from core.distill.routing import route
+from core.distill.teachers._base import Answers, Bivectors, TrainedTeacher
 from core.distill.teachers._keys import digest
 from core.distill.teachers._logs import VERSION as LOGS
 from core.distill.teachers._logs import bivector_block, blend_anchor
 from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
-from core.tensors.formats import Federated, Pairs
+from core.tensors.formats import Federated
 from core.tensors.shards import Array
 
 TOP_K = 10
 """Of a model that does not say: document 000's."""
 
 
-class FederatedTeacher(ABC):
+class FederatedTeacher(TrainedTeacher):
     """Routes queries to clusters; what is done with the weights is each teacher's own ``blend``.
 
     Memory above the model: its bivectors (C d^2 numbers) where they are used, and for 1024 queries
@@ -32,6 +32,7 @@ class FederatedTeacher(ABC):
     that in float64), the rest theirs. Measured in ``core.kinds.cache_targets``.
     """
 
+    model: Federated
     VERSION: ClassVar[int] = 1
     """Of the algorithm, in the fingerprint: raise it when the same inputs give other bytes."""
     DEPENDS_ON: ClassVar[tuple[str, ...]] = ("rotations", "scales", "queries", "cluster_of")
@@ -53,9 +54,7 @@ class FederatedTeacher(ABC):
             bivectors: the blocks of ``bivector_block`` in order, of ``spec.dtype``.
         """
         clusters, d, _ = model.rotations.shape
-        self.model, self.spec = model, spec
-        self.device = torch.device(device)
-        self.dtype = getattr(torch, spec.dtype)
+        super().__init__(model, spec, device)
         self.routes_over: Literal["queries", "sources", "centroids"] = spec.routes_over
         self.answers_new: bool = spec.answers_new
         self.top_k, self.temperature = routing(model, spec)
@@ -66,21 +65,6 @@ class FederatedTeacher(ABC):
         self._log_scales = scales.log().to(self.device) if bool((scales != 1).any()) else None
         self._keys = self._tensor(model.queries)
         self._cluster_of = torch.from_numpy(model.cluster_of).to(self.device)
-
-    @property
-    def queries(self) -> Array:
-        """[n, d] float32, the model's training queries."""
-        return self.model.queries
-
-    @property
-    def truths(self) -> Array:
-        """[n, d] float32, their targets."""
-        return self.model.targets
-
-    @property
-    def cluster_of(self) -> Array:
-        """[n] int64, their clusters."""
-        return self.model.cluster_of
 
     @property
     def centroids(self) -> Array:
@@ -130,36 +114,12 @@ class FederatedTeacher(ABC):
         """Return the teacher's answers [Q, d], dtype ``spec.dtype``; see TeacherModel."""
         return self.answers(queries, exclude_rows=exclude_rows).vectors
 
-    def own_rows(self, queries: Array) -> Array:
-        """Find queries among the training queries; see TeacherModel."""
-        return self._equal.rows(queries)
-
-    def knowing(self, pairs: Pairs) -> Self:
-        """Need no pairs: the answers are computed."""
-        del pairs
-        return self
-
-    def fingerprint(self) -> str:
-        """Return SHA-256 hex of everything but the query that a target depends on."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        """Hashes the whole model, once."""
+    def _hash(self) -> str:
         return fingerprint(type(self), self.model, self.spec)
-
-    @cached_property
-    def _equal(self) -> EqualRows:
-        """Which training queries are the same one: hashes all of them, and only once."""
-        return EqualRows.among(self.model.queries)
 
     @cached_property
     def _equal_to(self) -> Tensor:
         return torch.from_numpy(self._equal.first).to(self.device)
-
-    def _tensor(self, values: Tensor | Array) -> Tensor:
-        tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
-        return tensor.to(self.device, self.dtype)
 
 
 def fingerprint(teacher: type[FederatedTeacher], model: Federated, spec: Any) -> str:

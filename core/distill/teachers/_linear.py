@@ -5,7 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from core.distill.teachers._federated import FederatedTeacher
 from core.rotations.mixture import Mixture
+from core.tensors.shards import Array
+
+
+class LinearTeacher(FederatedTeacher):
+    """Blends the clusters' maps; an answer has its query's length, but with compat ``legacy``."""
+
+    def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
+        """Map [Q, d] queries by given weights: [Q, d], dtype ``spec.dtype``."""
+        return linear_blend(
+            self._tensor(queries),
+            self._rotations,
+            mixture,
+            log_scales=self._log_scales,
+            keep_length=self.spec.compat != "legacy",
+        )
 
 
 def linear_blend(

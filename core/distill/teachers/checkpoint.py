@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from core.distill.routing import EqualRows
-from core.distill.teachers._base import Answers, Bivectors, Teacher
+from core.distill.teachers._base import Answers, Bivectors, Teacher, TrainedTeacher
 from core.distill.teachers._keys import digest
 from core.distill.teachers._stored import StoredAnswers
 from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
 from core.specs.teachers import Checkpoint
 from core.tensors.embeddings import Embeddings
-from core.tensors.formats import Pairs
 from core.tensors.shards import Array
 
 
-class CheckpointTeacher:
+class CheckpointTeacher(TrainedTeacher):
     """Looks answers up: those of its training rows, and of the rows that were held out.
 
     An input stored several times has the mean of its embeddings. ``exclude_rows`` changes
     nothing: a stored row is no neighbour's vote.
     """
 
+    model: Embeddings
     answers_new = False
     anchor = None
     centroids = None
@@ -41,9 +40,7 @@ class CheckpointTeacher:
     ) -> None:
         """Keep the model; it has no rotations, so ``bivectors`` are None."""
         assert bivectors is None
-        self.model, self.spec = model, spec
-        self.device = torch.device(device)
-        self.dtype = getattr(torch, spec.dtype)
+        super().__init__(model, spec, device)
 
     @cached_property
     def queries(self) -> Array:
@@ -76,29 +73,11 @@ class CheckpointTeacher:
     def targets(self, queries: Tensor | Array, *, exclude_rows: Tensor | None = None) -> Tensor:
         """Look up [Q, d] inputs: [Q, D]; see TeacherModel."""
         del exclude_rows
-        return torch.from_numpy(self._answers.look_up(queries)).to(self.device, self.dtype)
+        return self._tensor(self._answers.look_up(queries))
 
-    def own_rows(self, queries: Array) -> Array:
-        """Find inputs among the training rows; see TeacherModel."""
-        return self._equal.rows(queries)
-
-    def knowing(self, pairs: Pairs) -> Self:
-        """Take no further pairs: a checkpoint is whole."""
-        del pairs
-        return self
-
-    def fingerprint(self) -> str:
-        """Return SHA-256 hex of everything but the input that an answer depends on."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    def _hash(self) -> str:
         facts: dict[str, Any] = {**self.spec.model_dump(mode="json"), "version": 1}
         return digest(facts, self.model.given, self.model.embeddings)
-
-    @cached_property
-    def _equal(self) -> EqualRows:
-        return EqualRows.among(self.queries)
 
     @cached_property
     def _answers(self) -> StoredAnswers:

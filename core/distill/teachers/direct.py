@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from core.distill.teachers._base import Teacher
-from core.distill.teachers._federated import FederatedTeacher
-from core.distill.teachers._linear import linear_blend
+from core.distill.teachers._linear import LinearTeacher
 from core.rotations.mixture import Mixture
 from core.specs.teachers import Direct
 from core.tensors.shards import Array
 
 
-class DirectTeacher(FederatedTeacher):
+class DirectTeacher(LinearTeacher):
     """``y = sum_c w_c q W_c`` put to the query's length, or ``y = q W_c`` of the heaviest cluster.
 
     As good as the exponential where the clusters' rotations nearly agree (nlerp against slerp),
@@ -24,16 +23,6 @@ class DirectTeacher(FederatedTeacher):
         """Return each query's weights over the clusters; one entry of weight 1 for ``top1``."""
         found = super().mixture(queries, exclude_rows=exclude_rows)
         return heaviest(found) if self.spec.blend == "top1" else found
-
-    def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
-        """Map [Q, d] queries by given weights: [Q, d], dtype ``spec.dtype``."""
-        return linear_blend(
-            self._tensor(queries),
-            self._rotations,
-            mixture,
-            log_scales=self._log_scales,
-            keep_length=self.spec.compat != "legacy",
-        )
 
 
 def heaviest(mixture: Mixture) -> Mixture:

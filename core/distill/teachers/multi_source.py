@@ -8,10 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from core.distill.routing import nearest
+from core.distill.routing import check_seen, nearest
 from core.distill.teachers._base import Teacher
 from core.distill.teachers.rotational import RotationalTeacher
-from core.errors import DataInvalid
 from core.rotations.mixture import Mixture
 from core.specs.teachers import MultiSource
 from core.tensors.shards import Array
@@ -49,11 +48,7 @@ class MultiSourceTeacher(RotationalTeacher):
             numbers = torch.where(at >= 0, self._equal_to[at.clamp(min=0)], -1)
         parts = [self._within(source, given, numbers) for source in self._sources]
         best = torch.stack([near for _, near in parts], dim=1)  # [Q, S]
-        if bool((best.max(dim=1).values == -torch.inf).any()):
-            raise DataInvalid(
-                f"exclude_rows: a query excludes all {len(self._keys)} training queries; "
-                "more are needed"
-            )
+        check_seen(best.max(dim=1).values, keys=len(self._keys))
         shares = self._shares(best)
         dense = torch.zeros(
             len(given), len(self._rotations), dtype=torch.float64, device=self.device

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from core.distill.teachers._base import Teacher
@@ -52,9 +51,8 @@ class PairedTeacher(FederatedTeacher):
         other._stored = _joined(self._stored, pairs)
         return other
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        facts = {"what": "paired", "of": super()._fingerprint}
+    def _hash(self) -> str:
+        facts = {"what": "paired", "of": super()._hash()}
         return digest(facts, self._stored.queries, self._stored.targets)
 
     @cached_property
@@ -66,7 +64,7 @@ class PairedTeacher(FederatedTeacher):
         return StoredAnswers(self._stored.queries, self._stored.targets, teacher="paired")
 
     def _look_up(self, queries: Tensor | Array) -> Tensor:
-        return torch.from_numpy(self._answers.look_up(queries)).to(self.device, self.dtype)
+        return self._tensor(self._answers.look_up(queries))
 
 
 def _joined(stored: Federated, pairs: Pairs) -> Federated:

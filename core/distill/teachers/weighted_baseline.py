@@ -7,16 +7,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from core.distill.routing import check_seen
 from core.distill.teachers._base import Teacher
-from core.distill.teachers._federated import FederatedTeacher
-from core.distill.teachers._linear import linear_blend
-from core.errors import DataInvalid
+from core.distill.teachers._linear import LinearTeacher
 from core.rotations.mixture import Mixture
 from core.specs.teachers import WeightedBaseline
 from core.tensors.shards import Array
 
 
-class WeightedBaselineTeacher(FederatedTeacher):
+class WeightedBaselineTeacher(LinearTeacher):
     """``y = sum_c w_c q W_c``, ``w = softmax(q . centroid_c / tau)`` over all clusters.
 
     Needs no training query to answer, so it is what a federated model gives without its routing
@@ -36,23 +35,9 @@ class WeightedBaselineTeacher(FederatedTeacher):
         similarity = (given @ self._centroids.T).double()
         if exclude_rows is not None:
             similarity = self._without(given, similarity, exclude_rows.to(self.device))
-        if bool((similarity.max(dim=1).values == -torch.inf).any()):
-            raise DataInvalid(
-                f"exclude_rows: a query excludes all {len(self._keys)} training queries; "
-                "more are needed"
-            )
+        check_seen(similarity.max(dim=1).values, keys=len(self._keys))
         weights = (similarity / self.temperature).softmax(dim=1)
         return Mixture.from_dense(weights.to(given.dtype))
-
-    def blend(self, queries: Tensor | Array, mixture: Mixture) -> Tensor:
-        """Map [Q, d] queries by given weights: [Q, d], dtype ``spec.dtype``."""
-        return linear_blend(
-            self._tensor(queries),
-            self._rotations,
-            mixture,
-            log_scales=self._log_scales,
-            keep_length=self.spec.compat != "legacy",
-        )
 
     @cached_property
     def _centroids(self) -> Tensor:

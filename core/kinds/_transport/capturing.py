@@ -207,8 +207,9 @@ def collect(spec: Spec, chunk: Chunk) -> ChunkResult:
         "ledger": given.ledger,
         "blocks": files[PARTS[0]],
         "validation": files[PARTS[1]],
+        **_kept(chunk, made),
     }
-    kept = _kept(chunk, made)
+    kept = {name: whole[name] for name in ("neuron_layers", "head_layers")}
     kept["validation"] = len(files[PARTS[1]])
     moments = write_json(
         chunk.workdir / "moments.json", whole, format_name="moments", **facts, **kept

@@ -11,6 +11,7 @@ from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from core.transport.evaluation import Terms
@@ -40,7 +41,13 @@ def evaluate(spec: Spec, chunk: Chunk) -> ChunkResult:
     change = {} if variant == "base" else _logits(given, student, texts)
     teacher = given.load(given.folder("teacher"))
     scores = evaluate_variant(
-        student, teacher, texts, languages, _terms(given), report=chunk.progress
+        student,
+        teacher,
+        texts,
+        languages,
+        _terms(given),
+        maps=_maps(given) if variant == "rotated" else None,
+        report=chunk.progress,
     )
     told = {"variant": variant, "scores": scores, "logits": change}
     made = write_json(chunk.workdir / "scores.json", told, format_name="transport_scores")
@@ -72,6 +79,13 @@ def _terms(given: Given) -> Terms:
         shared=given.ledger["vocabularies"]["shared"],
         seed=given.spec.seed,
     )
+
+
+def _maps(given: Given) -> dict[str, Tensor] | None:
+    """Return what turns rows of a model whose stream the fold left as it was; None: it turned."""
+    if given.spec.fold.variant != "conjugate" or given.spec.folded is not None:
+        return None
+    return {site: one.full for one in given.rotations.rotations().values() for site in one.sites}
 
 
 def _logits(given: Given, student: PreTrainedModel, texts: list[Pair]) -> dict[str, Any]:
@@ -144,7 +158,7 @@ def _rotation_ledger(given: Given, facts: Facts) -> dict[str, Any]:
 def _settings(given: Given) -> dict[str, Any]:
     """Return what was asked for and of what, as the report shows it."""
     spec = given.spec
-    parts = ("capture", "rotate", "refine", "fold", "evaluate", "gates")
+    parts = ("rotate", "refine", "fold", "evaluate", "gates")
     asked = {name: getattr(spec, name).model_dump(mode="json") for name in parts}
     permute = given.plan.permute and given.plan.permute.model_dump(mode="json")
     return {
@@ -170,7 +184,7 @@ def gather(given: Given) -> Facts:
         maps = given.rotations.maps
         turns = {group: turn_facts(one, seed=spec.seed) for group, one in maps.items()}
     judged = chunk.outputs("evaluate") if spec.runs("evaluate") else ()
-    told = [read_json(one["scores"].path) for one in judged]
+    told = [_in_order(given, read_json(one["scores"].path)) for one in judged]
     folds = {}
     if given.plan.folds:
         logits = {each["variant"]: each["logits"] for each in told}
@@ -185,6 +199,16 @@ def gather(given: Given) -> Facts:
         permutations=likeness(given),
         checksums=None if spec.states is None else len(given.states_list["shards"]),
     )
+
+
+def _in_order(given: Given, told: dict[str, Any]) -> dict[str, Any]:
+    """Return a variant's scores with the sites in the order of the stream, which JSON sorted."""
+    from core.transport.sites import sites
+
+    scores = told["scores"]
+    order = [site for site in sites(given.plan.student) if site in scores["sites"]]
+    ordered = {site: scores["sites"][site] for site in order}
+    return {**told, "scores": {**scores, "sites": ordered}}
 
 
 def likeness(given: Given) -> list[dict[str, Any]]:

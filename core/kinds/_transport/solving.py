@@ -37,7 +37,7 @@ def permute(spec: Spec, chunk: Chunk) -> ChunkResult:
         reports.append(told)
     made = write_json(
         chunk.workdir / "permutations.json",
-        permutations.dump(found, plan.student, reports),
+        {**permutations.dump(found, plan.student, reports), "sources": given.sources},
         format_name="permutations",
         **given.sources,
     )
@@ -81,8 +81,9 @@ def rotate(spec: Spec, chunk: Chunk) -> ChunkResult:
         found, told["refine"] = _refine(given, found, moments)
     means = {site: one.sum_y / one.n for site, one in moments.items()}
     path = chunk.workdir / "rotation.safetensors"
-    save_rotations(path, _set(given, {group: found}, {group: told}, means))
-    made = Produced(path, "rotation", path.name)
+    whole = _set(given, {group: found}, {group: told}, means)
+    save_rotations(path, whole)
+    made = _produced(path, whole)
     cosines = [
         Metric(f"fit_cosine_{when}", place, told["sites"][site][when])
         for place, site in enumerate(sites)
@@ -152,17 +153,20 @@ def bind(spec: Spec, chunk: Chunk) -> ChunkResult:
     from core.transport.rotation_files import load_rotations, save_rotations
     from core.transport.rotations import join
 
-    given = Given(spec, chunk)
     parts = [load_rotations(one["rotation"].path) for one in chunk.outputs("rotate")]
     whole = join(parts)
     path = chunk.workdir / "rotations.safetensors"
     save_rotations(path, whole)
+    return ChunkResult(outputs={"rotations": _produced(path, whole)})
+
+
+def _produced(path: Path, whole: RotationSet) -> Produced:
+    """Return the file with its facts: of one group alone it is the same as the whole."""
     meta = {
-        **given.sources,
-        "run_id": given.ledger["run_id"],
+        **whole.sources,
         "tie": whole.tie,
         "stage_layers": whole.stage_layers,
         "groups": len(whole.maps),
         "orthogonal": all(one.orthogonal for one in whole.maps.values()),
     }
-    return ChunkResult(outputs={"rotations": Produced(path, "rotations", path.name, meta=meta)})
+    return Produced(path, "rotations", path.name, meta=meta)

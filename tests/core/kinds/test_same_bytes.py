@@ -1,5 +1,6 @@
 """However many workers share the chunks of a job, and whatever dies, the bytes are the same."""
 
+import json
 import os
 import signal
 import subprocess
@@ -34,7 +35,12 @@ class Crew:
 
     def __init__(self, folder: Path, workers: int) -> None:
         self.folder = folder
-        own = {"STILL_DATA_DIR": str(folder), "STILL_LEASE": "3", "STILL_RETRY_WAIT": "0.1"}
+        own = {
+            "STILL_DATA_DIR": str(folder),
+            "STILL_MODEL_ROOTS": json.dumps([str(folder.parent / "models")]),
+            "STILL_LEASE": "3",
+            "STILL_RETRY_WAIT": "0.1",
+        }
         self._env = {**os.environ, **own, "STILL_THREADS": "1", "STILL_POLL": "0.05"}  # noqa: TID251
         self.processes = [self._start() for _ in range(workers)]
 
@@ -94,12 +100,13 @@ def run_everything(folder: Path, *, workers: int, kills: Sequence[str | None] = 
     folder.mkdir()
     engine = make_engine(f"sqlite:///{folder / 'stillroom.db'}")
     upgrade(engine)
-    world = World(engine, folder, wall_clock, store=LocalStore(folder))
+    models = folder.parent / "models"
+    world = World(engine, folder, wall_clock, store=LocalStore(folder), models=models)
     world.keep = "all"
     with transaction(engine) as session:
         housekeeping.bind_store(session, world.store.identity())
-    jobs = world.chain(world.upload(tiny_pairs()))
-    assert set(jobs) == set(kinds()), "a new kind joins the chain"
+    jobs = world.chain(world.upload(tiny_pairs())) | world.language_chain()
+    assert set(jobs) == set(kinds()), "a new kind joins one of the chains"
     wanted = list(kills)
     with crew(folder, workers) as there:
         until = time.monotonic() + 240
@@ -150,7 +157,7 @@ def test_every_kind_gives_the_same_bytes_with_four_workers(alone: Ran, tmp_path:
 def test_every_kind_gives_the_same_bytes_with_two_workers_that_are_killed(
     alone: Ran, tmp_path: Path
 ) -> None:
-    kills = [None, "targets", "train", None]
+    kills = [None, "targets", "train", "capture", "fold"]
     found = run_everything(tmp_path / "data", workers=2, kills=kills)
 
     assert found.files == alone.files

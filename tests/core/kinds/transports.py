@@ -41,7 +41,7 @@ def put_prompts(world: World, *, split: bool = False) -> str:
 
 def put_model(world: World, name: str, variant: str, *, seed: int, **sizes: Any) -> str:
     """Write a tiny model's folder, in several shards, and import it; return JOB/model."""
-    folder = world.folder / "models" / name
+    folder = world.models / name
     if not folder.exists():
         save_folder(tiny_model(variant, seed=seed, **sizes), folder, shard_bytes=40_000)
     return f"{world.submit(kind='import_model', folder=name, name=name)}/model"

@@ -49,10 +49,18 @@ class World:
     """A database, a store and a runner, without HTTP."""
 
     def __init__(
-        self, engine: Engine, folder: Path, clock: Any, *, store: LocalStore | None = None
+        self,
+        engine: Engine,
+        folder: Path,
+        clock: Any,
+        *,
+        store: LocalStore | None = None,
+        models: Path | None = None,
     ) -> None:
         self.engine, self.clock, self.folder = engine, clock, folder
         self.store = store or LocalStore(folder / "store")
+        self.models = models or folder / "models"
+        """What ``import_model`` may read."""
         self.keep = "best_and_latest"
         self.others: list[str] = []
         """Jobs of ``chain`` beside the first of each kind."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +13,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.specs.transport import Capture
 from core.transport.evaluation import Terms, evaluate_variant
+from core.transport.fold_folders import fold_folder
+from core.transport.fold_plans import FoldPlan
+from core.transport.loading import load_model
 from core.transport.pairs import Pair
-from core.transport.sites import sites
+from core.transport.sites import groups, sites
 from core.transport.streams import shape_of
 from tests.core.transport.held_out import LANGUAGES, TEXTS, random_rotation, read, turned
-from tests.core.transport.models import VARIANTS, tiny_model
+from tests.core.transport.models import VARIANTS, save_folder, tiny_model
 
 NO_DROPS = Capture(drop_massive=None)
 
@@ -206,9 +212,40 @@ def test_widths_differ(widths: tuple[int, int]) -> None:
             (2 - 2 * found["sites"]["final"]["cosine"]) ** 0.5, abs=1e-3
         )
         assert -1 < cosine < 1
+        wider = widths[0] > widths[1]
+        assert (abs(found["overall"]["seen"] - cosine) > 1e-9) == wider
     assert before["tokens"]["kl"] is None
     assert "tokenizers differ" in before["unavailable"]["kl"]
     assert ("channel_rms_factor" in before["unavailable"]) == (widths[0] < widths[1])
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_folded_folders_stand_where_their_maps_say(width: int, tmp_path: Path) -> None:
+    student, teacher = tiny_model("qwen2_tied"), tiny_model(seed=1, hidden_size=width)
+    shape = shape_of(student)
+    names = ["layer.0", "layer.1", "layer.2", "final"]
+    turns = {name: random_rotation(32, width, seed=seed) for seed, name in enumerate(names)}
+    maps = {site: turns[group] for group, of in by_layer(shape).items() for site in of}
+    terms = Terms(range(3), Capture())
+    folder = fold_folder(
+        save_folder(student, tmp_path / "model"),
+        tmp_path / "folded",
+        FoldPlan(shape, "sliced", turns, tie="layer"),
+    )
+
+    mapped = evaluate_variant(student, teacher, read(), LANGUAGES, terms, maps=maps)
+    folded = evaluate_variant(
+        load_model(folder, device=torch.device("cpu")), teacher, read(), LANGUAGES, terms
+    )
+
+    assert folded["tokens"]["nats_per_token"] == pytest.approx(mapped["tokens"]["nats_per_token"])
+    for site, told in folded["sites"].items():
+        for score, value in mapped["sites"][site].items():
+            assert told[score] == pytest.approx(value, abs=1e-4), (site, score)
+
+
+def by_layer(shape: ModelShape) -> Mapping[str, tuple[str, ...]]:
+    return groups(shape, tie="layer", stage_layers=1)
 
 
 def test_unequal_tokens_of_equal_tokenizers_are_not_compared(

@@ -29,7 +29,7 @@ def _solved(d_s: int, d_t: int, **options: object) -> tuple[Rotation, torch.Tens
     x, y = common[:, :d_s], (common @ orthogonal(max(d_s, d_t), seed=2))[:, :d_t]
     y = y + rows(120, d_t, seed=9)
     moments = {"final": moments_of(x, y)}
-    found, _ = solve(moments, Rotate.model_validate(options), "final")
+    found, _ = solve(moments, Rotate.model_validate({"pca": "each", **options}), "final")
     assert isinstance(found, Rotation)
     return found, cross_moment(moments, centre=False)
 

@@ -79,7 +79,7 @@ def test_words_say_what_each_toggle_bought_and_that_no_knowledge_moved() -> None
 def test_words_tell_failures() -> None:
     facts = transported().facts
     rotated = facts.scores["rotated"]
-    weak = changed(rotated, cosine=0.2, mean_only=0.4)
+    weak = changed(rotated, cosine=0.2, seen=0.3, mean_only=0.4)
     weak["sites"] = {**weak["sites"], "mlp.1": {**weak["sites"]["mlp.1"], "cosine": -1.0}}
     weak["unavailable"] = {"kl": "the tokenizers differ"}
     hurt = [{**of, "heads": {**of["heads"], "after": 0.1}} for of in facts.permutations]
@@ -95,6 +95,7 @@ def test_words_tell_failures() -> None:
     )
 
     assert "no more than a null gives" in told
+    assert "teacher's own coordinates it is 0.3000" in told
     assert "0.75 that document 002 hopes for is not reached" in told
     assert "lowered the cosine at mlp.1" in told
     assert "Matching hurt layer 0, layer 1, layer 2" in told
@@ -122,7 +123,7 @@ def test_stages_that_did_not_run_leave_their_parts_out(tmp_path: Path) -> None:
     assert table(facts) == []
 
 
-@pytest.mark.parametrize("missing", ["cosine", "mean_only", "subspace", "shuffled"])
+@pytest.mark.parametrize("missing", ["cosine", "seen", "mean_only", "subspace", "shuffled"])
 def test_a_number_that_is_not_to_be_had_breaks_nothing(missing: str, tmp_path: Path) -> None:
     made = transported()
     scores = {}
