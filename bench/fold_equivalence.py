@@ -23,8 +23,9 @@ from core.transport.fold_folders import fold_folder, read_config, shape_of, weig
 from core.transport.fold_plans import FoldPlan, Variant
 from core.transport.sliced import load_folded
 from core.transport.unfolding import unfold_folder
+from tests.core.transport.checkpoints import checkpoint
 from tests.core.transport.float64 import in_float64, logits_of
-from tests.core.transport.folds import IDS, plan_of, tiny_llm
+from tests.core.transport.folds import IDS, plan_of
 from tests.core.transport.models import VARIANTS, save_folder, tiny_model
 
 FLOAT64_BAR, FLOAT32_BAR, UNFOLD_BAR = 1e-9, 1e-5, 1e-10
@@ -87,7 +88,7 @@ def main() -> int:
             folder = save_folder(tiny_model(name), Path(scratch) / name)
             found[name] = _measure(folder, Path(scratch) / f"{name} folds")
         for name in REAL:
-            if real := tiny_llm(name):
+            if real := checkpoint(name):
                 found[name] = _measure(real, Path(scratch) / f"{name} folds")
     _table("float64: max abs", found, "float64")
     _table("float32: relative", found, "float32")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 NAMES = ("stories260k-hf", "babyllama105-hf")
+"""The first cuts text by BPE, the second into characters."""
 
 
 def checkpoint(name: str) -> Path | None:
@@ -12,3 +15,15 @@ def checkpoint(name: str) -> Path | None:
     parents = Path(__file__).resolve().parents
     folders = (parent / "shared/data/tiny_llm" / name for parent in parents)
     return next((folder for folder in folders if folder.is_dir()), None)
+
+
+needs_real = pytest.mark.skipif(
+    None in map(checkpoint, NAMES), reason="the real checkpoints are not beside this checkout"
+)
+
+
+def real(name: str) -> Path:
+    """Return the folder of a real checkpoint, in a test that ``needs_real``."""
+    found = checkpoint(name)
+    assert found is not None
+    return found
