@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bench._tiny_models import VARIANTS, config_of, tiny_model
 from core.architectures.shape import MOST, ModelShape
 from core.architectures.tables import Weight, families
 from core.errors import DataInvalid
 from tests.core.transport.checkpoints import NAMES, needs_real, real
-from tests.core.transport.models import VARIANTS, config_of, tiny_model
 
 
 def config(variant: str = "llama", **more: Any) -> dict[str, Any]:

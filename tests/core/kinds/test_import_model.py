@@ -11,17 +11,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from core.kinds import import_model
-from core.tensors.language_models import INDEX
-from tests.core.kinds.shelf import Shelf, reweigh, rewrite
-from tests.core.transport.checkpoints import NAMES, needs_real, real
-from tests.core.transport.models import (
+from bench._tiny_models import (
     VARIANTS,
     config_of,
     reload,
     save_folder,
     tiny_model,
 )
+from core.kinds import import_model
+from core.tensors.language_models import INDEX
+from tests.core.kinds.shelf import Shelf, reweigh, rewrite
+from tests.core.transport.checkpoints import NAMES, needs_real, real
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IDS = torch.tensor([[256, 72, 101, 108, 108, 111]])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from bench._tiny_models import SIZES
 from core.architectures.shape import ModelShape
 from core.kinds._base import Input
 from core.kinds._transport.needs import SCRATCH_BYTES
 from core.kinds.transport import Spec, stages
 from core.transport import memory
-from tests.core.transport.models import SIZES
 
 ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30

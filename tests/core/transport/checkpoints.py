@@ -1,4 +1,4 @@
-"""Where the two real checkpoints lie: beside a parent of the checkout, or nowhere."""
+"""Tests on the two real checkpoints, which skip where those are not."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from pathlib import Path
 
 import pytest
 
-NAMES = ("stories260k-hf", "babyllama105-hf")
-"""The first cuts text by BPE, the second into characters."""
-
-
-def checkpoint(name: str) -> Path | None:
-    """Return the folder of a real checkpoint, None where it is not there."""
-    parents = Path(__file__).resolve().parents
-    folders = (parent / "shared/data/tiny_llm" / name for parent in parents)
-    return next((folder for folder in folders if folder.is_dir()), None)
-
+from bench._checkpoints import NAMES, checkpoint
 
 needs_real = pytest.mark.skipif(
     None in map(checkpoint, NAMES), reason="the real checkpoints are not beside this checkout"

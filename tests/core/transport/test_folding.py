@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from bench._float64 import in_float64, logits_of
+from bench._folds import IDS, orders, plan_of, rotation
+from bench._tiny_models import VARIANTS, config_of, reload, save_folder, tiny_model
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.transport.fold_folders import fold_folder, shape_of
@@ -19,9 +22,6 @@ from core.transport.folding import Recipe, inverse, norm_names, recipe
 from core.transport.permutations import LayerPermutation
 from core.transport.sliced import load_folded
 from tests.core.transport.checkpoints import NAMES, needs_real, real
-from tests.core.transport.float64 import in_float64, logits_of
-from tests.core.transport.folds import IDS, orders, plan_of, rotation
-from tests.core.transport.models import VARIANTS, config_of, reload, save_folder, tiny_model
 
 CASES: dict[str, tuple[Variant, int | None]] = {
     "permuted alone": ("none", None),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench._tiny_models import VARIANTS, config_of, save_folder, tiny_model
 from core.errors import DataInvalid
 from core.transport.fold_folders import fold_folder
 from core.transport.fold_plans import FoldPlan
@@ -17,7 +18,6 @@ from core.transport.loading import load_model
 from core.transport.sites import groups, layer_of, sites
 from core.transport.streams import normalised, reading, run_backbone, shape_of, states
 from tests.core.transport.checkpoints import needs_real, real
-from tests.core.transport.models import VARIANTS, config_of, save_folder, tiny_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 41).reshape(2, 20)

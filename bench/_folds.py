@@ -18,7 +18,8 @@ def rotation(old: int, new: int, seed: int) -> Tensor:
     """Return [old, new >= old] float64, rows orthonormal."""
     random = torch.Generator().manual_seed(seed)
     square = torch.randn(new, new, dtype=torch.float64, generator=random)
-    return torch.linalg.qr(square)[0][:old].contiguous()
+    found: Tensor = torch.linalg.qr(square)[0][:old].contiguous()
+    return found
 
 
 def orders(shape: ModelShape, seed: int) -> dict[int, LayerPermutation]:
