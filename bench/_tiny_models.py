@@ -94,4 +94,5 @@ def reload(folder: Path) -> PreTrainedModel:
     found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=AutoConfig.from_pretrained(folder).dtype
     )
-    return found.eval()
+    found.eval()
+    return found
