@@ -13,7 +13,7 @@ import click
 from core.errors import DataInvalid
 from core.transport.pictures import draw_errors, draw_singular_values
 from core.transport.rotation_files import load_rotations
-from core.transport.rotation_ledger import read
+from core.transport.rotation_ledger import read, write_folder
 from core.transport.sanity import HEADER, TOLERANCE, Row, inspect, problems
 
 
@@ -34,9 +34,19 @@ from core.transport.sanity import HEADER, TOLERANCE, Row, inspect, problems
     show_default=True,
     help="Of every error, max abs.",
 )
+@click.option(
+    "--layers",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that also gets rotations/RUN_ID/layer_0.json and so on, as document 002 has it.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the rows of round trips.")
 def main(
-    ledger: Path, rotations: Path | None, out: Path | None, tolerance: float, seed: int
+    ledger: Path,
+    rotations: Path | None,
+    out: Path | None,
+    tolerance: float,
+    layers: Path | None,
+    seed: int,
 ) -> None:
     """Run: LEDGER is its JSON or a folder, ROTATIONS the maps whose errors are computed anew."""
     try:
@@ -55,6 +65,10 @@ def main(
         draw_errors(out / "errors.png", rows, tolerance=tolerance)
         draw_singular_values(out / "singular_values.png", told)
         click.echo(f"wrote {out / 'errors.png'} and {out / 'singular_values.png'}")
+    if layers is not None:
+        if (layers / "rotations" / told["run_id"]).exists():
+            raise click.ClickException(f"{layers}: run {told['run_id']} is there already")
+        click.echo(f"wrote {write_folder(told, layers)}")
     if found := problems(rows):
         raise click.ClickException("\n".join([f"{len(found)} problems", *found]))
 

@@ -124,3 +124,16 @@ def test_the_notebook_fails_on_another_ledger(
 
     with pytest.raises(AssertionError, match="layer_1: the singular values"):
         run_cells()
+
+
+def test_layers_come_as_the_documents_files_once(folder: Path) -> None:
+    asked = (folder / "ledger.json", "--layers", folder / "kept")
+
+    first, again = run(*asked), run(*asked)
+
+    assert first.exit_code == 0, first.output
+    (one,) = (folder / "kept" / "rotations").iterdir()
+    assert {"layer_0.json", "final.json", "index.json"} <= {path.name for path in one.iterdir()}
+    assert run(folder / "kept").exit_code == 0
+    assert again.exit_code == 1
+    assert "is there already" in again.output
