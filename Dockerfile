@@ -43,7 +43,7 @@ RUN pip --python /opt/venv/bin/python install -c /dist/constraints.txt \
     ${TORCH_INDEX:+--no-deps --index-url="$TORCH_INDEX"} torch
 COPY --from=wheel /dist/*.whl /dist/
 RUN pip --python /opt/venv/bin/python install -c /dist/constraints.txt \
-    "$(echo /dist/stillroom-*.whl)[worker,team,tracing]"
+    "$(echo /dist/stillroom-*.whl)[llm,team,tracing]"
 
 FROM ${PYTHON_IMAGE} AS runtime
 # A fixed number, so that a folder of the host can be given to it.
@@ -63,6 +63,8 @@ WORKDIR /var/lib/stillroom
 USER 10001:10001
 
 FROM runtime AS worker
+# Language models are read from STILL_MODEL_ROOTS alone; nothing is ever asked for elsewhere.
+ENV HF_HUB_OFFLINE=1
 COPY --from=worker-venv /opt/venv /opt/venv
 HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=4 \
     CMD ["python", "-m", "workers", "--check", "--device", "cpu"]

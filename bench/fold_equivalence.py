@@ -18,14 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
+from bench._checkpoints import checkpoint
+from bench._float64 import in_float64, logits_of
+from bench._folds import IDS, plan_of
 from bench._report import Figure, options, print_table, verdict
+from bench._tiny_models import VARIANTS, save_folder, tiny_model
 from core.transport.fold_folders import fold_folder, read_config, shape_of, weight_files
 from core.transport.fold_plans import FoldPlan, Variant
+from core.transport.sites import Tie
 from core.transport.sliced import load_folded
 from core.transport.unfolding import unfold_folder
-from tests.core.transport.float64 import in_float64, logits_of
-from tests.core.transport.folds import IDS, plan_of, tiny_llm
-from tests.core.transport.models import VARIANTS, save_folder, tiny_model
 
 FLOAT64_BAR, FLOAT32_BAR, UNFOLD_BAR = 1e-9, 1e-5, 1e-10
 REAL = ("stories260k-hf", "babyllama105-hf")
@@ -44,7 +46,7 @@ class Case:
         """Plan it for a folder's model; wider: one and a half times."""
         shape = shape_of(folder)
         width = shape.width * 3 // 2 if self.wider else None
-        tie = "stage" if self.tie == "stage" else None
+        tie: Tie | None = "stage" if self.tie == "stage" else None
         plan: FoldPlan = plan_of(
             shape, self.variant, width=width, tie=tie, permuted=self.permuted, dtype=dtype
         )
@@ -87,7 +89,7 @@ def main() -> int:
             folder = save_folder(tiny_model(name), Path(scratch) / name)
             found[name] = _measure(folder, Path(scratch) / f"{name} folds")
         for name in REAL:
-            if real := tiny_llm(name):
+            if real := checkpoint(name):
                 found[name] = _measure(real, Path(scratch) / f"{name} folds")
     _table("float64: max abs", found, "float64")
     _table("float32: relative", found, "float32")

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from bench._report import Figure, options, print_table, verdict
+from bench._tiny_models import VARIANTS, save_folder, tiny_model
 from core.specs.transport import Capture, Permute, Rotate
 from core.transport.capture import capture
 from core.transport.fold_folders import fold_folder
@@ -44,7 +45,6 @@ from core.transport.sites import Tie, groups
 from core.transport.sliced import load_folded
 from core.transport.streams import shape_of
 from core.transport.tokens import encode, load_tokenizer
-from tests.core.transport.models import VARIANTS, save_folder, tiny_model
 
 TEXTS, WORDS = 200, (9, 17)
 WIDER = 48

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench._tiny_models import reload, save_folder, tiny_model
 from client import ApiError, Retry, Stillroom
 from tests.client.service import Service, still
-from tests.core.transport.models import reload, save_folder, tiny_model
 
 PAIRS = Path(__file__).parents[2] / "examples" / "wordnet" / "embeddings.npz"
 ECHO = {"kind": "echo", "text": "hello"}

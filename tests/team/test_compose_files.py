@@ -55,14 +55,37 @@ def test_services_and_volumes() -> None:
     compose = read_compose()
 
     assert set(SERVICES) == {"api", "worker", "worker-gpu", "beat", "postgres", "redis"}
-    assert set(compose["volumes"]) == {"database", "data"}
+    assert set(compose["volumes"]) == {"database", "data", "models"}
+    assert SERVICES["api"]["volumes"] == ["data:/var/lib/stillroom"]
     for name in ("api", "worker", "worker-gpu"):
-        assert SERVICES[name]["volumes"] == ["data:/var/lib/stillroom"]
+        assert "data:/var/lib/stillroom" in SERVICES[name]["volumes"]
         assert (
             image_env(SERVICES[name]["build"]["target"])["STILL_DATA_DIR"] == "/var/lib/stillroom"
         )
     assert SERVICES["beat"]["volumes"] == []
     assert SERVICES["postgres"]["volumes"] == ["database:/var/lib/postgresql"]
+
+
+@pytest.mark.parametrize("name", ["worker", "worker-gpu"])
+@pytest.mark.parametrize(
+    ("folder", "mounted"),
+    [("", "models:/models:ro"), ("/srv/models", "/srv/models:/models:ro")],
+)
+def test_workers_alone_read_models_and_cannot_write_them(
+    name: str, folder: str, mounted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = SERVICES[name]
+    roots = put_in(service["environment"]["STILL_MODEL_ROOTS"], {})
+
+    assert [put_in(text, {"STILL_MODELS_FOLDER": folder}) for text in service["volumes"]] == [
+        "data:/var/lib/stillroom",
+        mounted,
+    ]
+    monkeypatch.setenv("STILL_MODEL_ROOTS", roots)
+    assert Settings(data_dir=tmp_path).model_roots == (Path("/models"),)
+    for other in ("api", "beat"):
+        assert "STILL_MODEL_ROOTS" not in SERVICES[other]["environment"]
+        assert not any("/models" in text for text in SERVICES[other]["volumes"])
 
 
 @each_service
@@ -231,9 +254,11 @@ def test_torch_is_in_the_workers_image_alone() -> None:
     api, worker = extras_of("api-venv"), extras_of("worker-venv")
 
     assert api == {"server", "team", "tracing"}
-    assert worker == {"worker", "team", "tracing"}
+    assert worker == {"llm", "team", "tracing"}
     assert "torch[]" not in closure("stillroom", api)
-    assert {"torch[]", "celery[]", "fastapi[]"} <= closure("stillroom", worker)
+    assert {"torch[]", "transformers[]", "accelerate[]", "celery[]", "fastapi[]"} <= closure(
+        "stillroom", worker
+    )
     assert "COPY --from=api-venv" in (ROOT / "Dockerfile").read_text()
     assert SERVICES["beat"]["build"]["target"] == "api"
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bench._tiny_models import VARIANTS, config_of, tiny_model
 from core.architectures.shape import MOST, ModelShape
 from core.architectures.tables import Weight, families
 from core.errors import DataInvalid
-from tests.core.transport.checkpoints import NAMES, checkpoint
-from tests.core.transport.models import VARIANTS, config_of, tiny_model
+from tests.core.transport.checkpoints import NAMES, needs_real, real
 
 
 def config(variant: str = "llama", **more: Any) -> dict[str, Any]:
@@ -33,11 +33,10 @@ def test_the_weights_are_those_that_transformers_builds(variant: str) -> None:
     assert shape.tied is bool(model.config.tie_word_embeddings)
 
 
+@needs_real
 @pytest.mark.parametrize("name", NAMES)
 def test_the_weights_are_those_of_a_real_file(name: str) -> None:
-    folder = checkpoint(name)
-    if folder is None:
-        pytest.skip("the real checkpoints are not here")
+    folder = real(name)
     with safe_open(str(folder / "model.safetensors"), framework="numpy") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     assert ModelShape.of(config_of(folder)).tensors() == stored

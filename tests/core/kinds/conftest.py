@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
+from bench._tiny_models import save_folder, tiny_model
 from core.db.session import make_engine, upgrade
 from tests.conftest import Clock
 from tests.core.kinds.shelf import Shelf
 from tests.core.kinds.world import World
-from tests.core.transport.models import save_folder, tiny_model
 
 
 @pytest.fixture

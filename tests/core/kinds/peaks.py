@@ -17,6 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sqlalchemy import select
 
+from bench._tiny_models import config_of, save_folder, tiny_model
 from core.architectures.shape import ModelShape
 from core.db.models import Chunk
 from core.db.session import make_engine, reading, upgrade
@@ -27,7 +28,6 @@ from core.transport.loading import load_model
 from tests.conftest import Clock
 from tests.core.kinds.transports import texts, transport
 from tests.core.kinds.world import World
-from tests.core.transport.models import config_of, save_folder, tiny_model
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def _load_anyway(folder: Path) -> None:
 
 def _put_prompts(world: World) -> str:
     """Store texts of some 400 characters each."""
-    whole = [f"{number} " + " ".join(texts()) for number in range(12)]
+    whole = [f"{number} " + " ".join(texts()) for number in range(6)]
     count = len(whole)
     ids = [f"text-{number}" for number in range(count)]
     prompts = Prompts(ids, whole, ["en"] * count, ["CC0-1.0"] * count, [""] * count)

@@ -11,17 +11,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from core.kinds import import_model
-from core.tensors.language_models import INDEX
-from tests.core.kinds.shelf import Shelf, reweigh, rewrite
-from tests.core.transport.checkpoints import NAMES, checkpoint
-from tests.core.transport.models import (
+from bench._tiny_models import (
     VARIANTS,
     config_of,
     reload,
     save_folder,
     tiny_model,
 )
+from core.kinds import import_model
+from core.tensors.language_models import INDEX
+from tests.core.kinds.shelf import Shelf, reweigh, rewrite
+from tests.core.transport.checkpoints import NAMES, needs_real, real
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IDS = torch.tensor([[256, 72, 101, 108, 108, 111]])
@@ -45,19 +45,18 @@ def test_what_comes_in_computes_what_the_folder_does(
         assert torch.equal(reload(shelf.lay_out(model))(IDS).logits, reload(folder)(IDS).logits)
 
 
+@needs_real
 @pytest.mark.parametrize("name", NAMES)
 def test_a_real_checkpoint_comes_in(shelf: Shelf, name: str) -> None:
-    real = checkpoint(name)
-    if real is None:
-        pytest.skip("the real checkpoints are not here")
-    shutil.copytree(real, shelf.root / name)
+    folder = real(name)
+    shutil.copytree(folder, shelf.root / name)
 
     model, _ = shelf.run(folder=name)
 
     assert model.tokens == model.shape.vocabulary
     with torch.no_grad():
         assert torch.equal(
-            reload(shelf.lay_out(model))(IDS % 100).logits, reload(real)(IDS % 100).logits
+            reload(shelf.lay_out(model))(IDS % 100).logits, reload(folder)(IDS % 100).logits
         )
 
 

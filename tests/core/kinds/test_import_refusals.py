@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
+from bench._tiny_models import (
+    byte_tokenizer,
+    save_folder,
+    tiny_model,
+)
 from core.errors import DataInvalid
 from core.kinds import import_model
 from core.tensors import model_folders, weight_files
 from core.tensors.language_models import INDEX
 from tests.core.kinds.shelf import Shelf, reweigh, rewrite
-from tests.core.transport.models import (
-    byte_tokenizer,
-    save_folder,
-    tiny_model,
-)
 
 
 def test_weights_that_are_pickled_are_never_read(shelf: Shelf, m: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bench._tiny_models import reload
 from tests.core.kinds.transports import (
     SMALL,
     folder_of,
@@ -18,7 +19,6 @@ from tests.core.kinds.transports import (
     transport,
 )
 from tests.core.kinds.world import World
-from tests.core.transport.models import reload
 
 
 def same_logits(old: PreTrainedModel, new: PreTrainedModel) -> bool:

@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench._tiny_models import save_folder, tiny_model
 from core.tensors.language_models import LanguageModel, lay_out, load_language_model
 from core.tensors.prompts import Prompts, save_prompts
-from tests.core.transport.models import save_folder, tiny_model
 
 if TYPE_CHECKING:
     from tests.core.kinds.world import World

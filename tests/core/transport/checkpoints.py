@@ -1,14 +1,20 @@
-"""Where the two real checkpoints lie: beside a parent of the checkout, or nowhere."""
+"""Tests on the two real checkpoints, which skip where those are not."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-NAMES = ("stories260k-hf", "babyllama105-hf")
+import pytest
+
+from bench._checkpoints import NAMES, checkpoint
+
+needs_real = pytest.mark.skipif(
+    None in map(checkpoint, NAMES), reason="the real checkpoints are not beside this checkout"
+)
 
 
-def checkpoint(name: str) -> Path | None:
-    """Return the folder of a real checkpoint, None where it is not there."""
-    parents = Path(__file__).resolve().parents
-    folders = (parent / "shared/data/tiny_llm" / name for parent in parents)
-    return next((folder for folder in folders if folder.is_dir()), None)
+def real(name: str) -> Path:
+    """Return the folder of a real checkpoint, in a test that ``needs_real``."""
+    found = checkpoint(name)
+    assert found is not None
+    return found

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench._tiny_models import byte_tokenizer
 from core.specs.transport import Capture
 from core.transport.pairs import Pair, pair
 from core.transport.streams import shape_of
 from core.transport.tokens import encode
-from tests.core.transport.models import byte_tokenizer
 
 TEXTS = (
     "The old town hall stands on a hill.",

@@ -9,13 +9,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from bench._tiny_models import byte_tokenizer
 from core.specs.transport import Capture, Permute
 from core.transport.capture import Keep, capture
 from core.transport.moments import Captured
 from core.transport.pairs import Pair, pair
 from core.transport.streams import shape_of
 from core.transport.tokens import encode
-from tests.core.transport.models import byte_tokenizer
 
 TEXTS = ("Ein Turm am See.", "The old mill, built in 1812, still turns.", "Zoë 🌉", "a b c d e f")
 BYTES = byte_tokenizer()

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bench._tiny_models import byte_tokenizer
 from core.transport.alignment import Alignment, align, columns
 from core.transport.tokens import Encoded, encode, load_tokenizer
-from tests.core.transport.models import byte_tokenizer
-from tests.core.transport.real import needs_real, real
+from tests.core.transport.checkpoints import needs_real, real
 
 
 def encoded(ends: list[int], *, special: int = 0, system: int = 0) -> Encoded:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench._tiny_models import VARIANTS, tiny_model
 from core.errors import Cancelled, DataInvalid
 from core.specs.transport import Capture, Permute
 from core.transport.capture import capture
@@ -21,7 +22,6 @@ from core.transport.pairs import Pair, plan_batches
 from core.transport.sites import sites, teacher_site
 from core.transport.streams import shape_of
 from core.transport.tokens import Ints
-from tests.core.transport.models import VARIANTS, tiny_model
 from tests.core.transport.readings import BYTES, MERGES, TEXTS, captured, eager, paired
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench._tiny_models import VARIANTS, config_of, save_folder, tiny_model
 from core.transport.checks import norms_off, rope_changes, turn_facts, worst_error
 from core.transport.fold_folders import fold_folder, weight_files
 from core.transport.fold_plans import FoldPlan
 from core.transport.rotations import Rotation, Unwhitened
 from core.transport.streams import shape_of
 from tests.core.transport.held_out import random_rotation
-from tests.core.transport.models import VARIANTS, config_of, save_folder, tiny_model
 
 
 def rotation(d_s: int = 6, d_t: int = 6, k: int = 6) -> Rotation:

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench._tiny_models import VARIANTS, tiny_model
 from core.architectures.shape import ModelShape
 from core.specs.transport import Capture, Evaluate, Fold, Permute, Rotate
 from core.transport import cost, memory
 from scripts.transport_cost import main
-from tests.core.transport.models import VARIANTS, tiny_model
 
 QWEN = {
     "model_type": "qwen2",

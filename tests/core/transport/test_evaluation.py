@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from bench._tiny_models import VARIANTS, save_folder, tiny_model
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.specs.transport import Capture
@@ -24,7 +25,6 @@ from core.transport.pairs import Pair
 from core.transport.sites import groups, sites
 from core.transport.streams import shape_of
 from tests.core.transport.held_out import LANGUAGES, TEXTS, random_rotation, read, turned
-from tests.core.transport.models import VARIANTS, save_folder, tiny_model
 
 NO_DROPS = Capture(drop_massive=None)
 

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench._float64 import logits_of
+from bench._folds import IDS, plan_of
+from bench._tiny_models import VARIANTS, reload, save_folder, tiny_model
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel, ModelFile
@@ -27,9 +30,6 @@ from core.transport.fold_shards import (
     shard_plan,
     tasks,
 )
-from tests.core.transport.float64 import logits_of
-from tests.core.transport.folds import IDS, plan_of
-from tests.core.transport.models import VARIANTS, reload, save_folder, tiny_model
 
 SHARD_BYTES = 20_000
 """So that tiny models come in several files, and a norm often in another than what it scales."""

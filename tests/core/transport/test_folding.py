@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from bench._float64 import in_float64, logits_of
+from bench._folds import IDS, orders, plan_of, rotation
+from bench._tiny_models import VARIANTS, config_of, reload, save_folder, tiny_model
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.transport.fold_folders import fold_folder, shape_of
@@ -18,9 +21,7 @@ from core.transport.fold_plans import FoldPlan, Variant, folded_config
 from core.transport.folding import Recipe, inverse, norm_names, recipe
 from core.transport.permutations import LayerPermutation
 from core.transport.sliced import load_folded
-from tests.core.transport.float64 import in_float64, logits_of
-from tests.core.transport.folds import IDS, orders, plan_of, rotation, tiny_llm
-from tests.core.transport.models import VARIANTS, config_of, reload, save_folder, tiny_model
+from tests.core.transport.checkpoints import NAMES, needs_real, real
 
 CASES: dict[str, tuple[Variant, int | None]] = {
     "permuted alone": ("none", None),
@@ -79,11 +80,10 @@ def test_one_rotation_for_all_sliced_is_a_plain_model(tmp_path: Path) -> None:
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
 
 
-@pytest.mark.parametrize("name", ["stories260k-hf", "babyllama105-hf"])
+@needs_real
+@pytest.mark.parametrize("name", NAMES)
 def test_real_checkpoints_stay_what_they_are(name: str, tmp_path: Path) -> None:
-    source = tiny_llm(name)
-    if source is None:
-        pytest.skip("the real checkpoints are not beside this checkout")
+    source = real(name)
     shape = shape_of(source)
     want = logits_of(in_float64(reload(source)), IDS % shape.vocabulary)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench._tiny_models import CONFIGS, SIZES, byte_tokenizer
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid, SpecInvalid
 from core.specs.transport import Capture
@@ -17,8 +18,7 @@ from core.transport import ledger
 from core.transport.held_out import HeldOut
 from core.transport.ledger import Side
 from core.transport.tokens import load_tokenizer
-from tests.core.transport.models import CONFIGS, SIZES, byte_tokenizer
-from tests.core.transport.real import needs_real, real
+from tests.core.transport.checkpoints import needs_real, real
 from tests.core.transport.test_tokens import words
 
 TEXTS = [

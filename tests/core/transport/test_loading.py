@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench._tiny_models import VARIANTS, config_of, save_folder, tiny_model
 from core.errors import DataInvalid
 from core.transport.fold_folders import fold_folder
 from core.transport.fold_plans import FoldPlan
 from core.transport.loading import load_model
 from core.transport.sites import groups, layer_of, sites
 from core.transport.streams import normalised, reading, run_backbone, shape_of, states
-from tests.core.transport.models import VARIANTS, config_of, save_folder, tiny_model
-from tests.source_documents import seeds
+from tests.core.transport.checkpoints import needs_real, real
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 41).reshape(2, 20)
@@ -156,14 +156,10 @@ def test_what_is_no_model_is_refused(damage: str, tmp_path: Path) -> None:
         load_model(folder, device=CPU)
 
 
+@needs_real
 @pytest.mark.parametrize(("name", "width"), [("stories260k-hf", 64), ("babyllama105-hf", 128)])
 def test_real_checkpoints_are_read(name: str, width: int) -> None:
-    documents = seeds(Path(__file__))
-    folder = None if documents is None else documents.parent / "data/tiny_llm" / name
-    if folder is None or not folder.is_dir():
-        pytest.skip("the real checkpoints are not beside the repository")
-
-    found = states(load_model(folder, device=CPU), IDS)
+    found = states(load_model(real(name), device=CPU), IDS)
 
     assert len(found) == 11
     assert found["final"].shape == (2, 20, width)

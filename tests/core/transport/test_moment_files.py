@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from bench._tiny_models import tiny_model
 from core.errors import DataInvalid
 from core.specs.transport import Permute
 from core.tensors import shards
@@ -19,7 +20,6 @@ from core.transport import moment_files
 from core.transport.memory import moments_bytes
 from core.transport.moments import Captured
 from core.transport.streams import shape_of
-from tests.core.transport.models import tiny_model
 from tests.core.transport.readings import captured, eager, paired
 
 FACTS = {"run_id": "0123456789abcdef", "layer_map": [0, 1, 2]}

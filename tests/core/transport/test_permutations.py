@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench._tiny_models import tiny_model
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.transport.permutations import (
@@ -17,7 +18,6 @@ from core.transport.permutations import (
     identity,
     load_permutations,
 )
-from tests.core.transport.models import tiny_model
 
 SHAPE = ModelShape.of(tiny_model(intermediate_size=5).config.to_dict())
 """3 layers, 4 heads in 2 groups, 5 neurons."""

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench._tiny_models import tiny_model
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.transport.moments import HeadMoments, NeuronMoments
@@ -22,7 +23,6 @@ from core.transport.permute import (
     match_neurons,
     resemblance,
 )
-from tests.core.transport.models import tiny_model
 
 F64 = torch.float64
 

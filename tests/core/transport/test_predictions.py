@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench._tiny_models import save_folder, tiny_model
 from core.transport.fold_folders import fold_folder
 from core.transport.fold_plans import FoldPlan
 from core.transport.predictions import logits_change, scored
@@ -15,7 +16,6 @@ from core.transport.sliced import load_folded
 from core.transport.streams import shape_of
 from core.transport.tokens import Encoded
 from tests.core.transport.held_out import random_rotation, read, turned
-from tests.core.transport.models import save_folder, tiny_model
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench._tiny_models import tiny_model
 from core.errors import DataInvalid
 from core.transport.samples import sample_layers
-from tests.core.transport.models import tiny_model
 from tests.core.transport.readings import MERGES, captured, paired
 
 

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
+from bench._float64 import in_float64, logits_of
+from bench._folds import IDS, plan_of
+from bench._tiny_models import config_of, reload, save_folder, tiny_model
 from core.errors import DataInvalid
 from core.transport.fold_folders import fold_folder, shape_of
 from core.transport.fold_shards import SKIP_ADAPTERS
 from core.transport.sliced import MODULE, load_folded, module_text, needs_module
-from tests.core.transport.float64 import in_float64, logits_of
-from tests.core.transport.folds import IDS, plan_of
-from tests.core.transport.models import config_of, reload, save_folder, tiny_model
 
 FAMILIES = ("llama", "qwen2_tied", "qwen3_biases")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench._tiny_models import tiny_model
 from core.errors import DataInvalid
 from core.specs.transport import Capture
 from core.transport.moments import Captured
@@ -17,7 +18,6 @@ from core.transport.pairs import Pair
 from core.transport.sites import sites
 from core.transport.states import StateWriter, describe, lay_out_states, read_states
 from core.transport.streams import shape_of
-from tests.core.transport.models import tiny_model
 from tests.core.transport.readings import BYTES, MERGES, captured, paired
 
 OPTIONS = Capture(batch_tokens=64, drop_massive=1.5, token_weights="text")

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from bench._tiny_models import byte_tokenizer, config_of, save_folder, tiny_model
 from core.architectures.shape import ModelShape
 from core.errors import DataInvalid
 from core.tensors.language_models import LanguageModel
 from core.transport.tokens import check_vocabularies, encode, load_tokenizer
-from tests.core.transport.models import byte_tokenizer, config_of, save_folder, tiny_model
-from tests.core.transport.real import needs_real, real
+from tests.core.transport.checkpoints import needs_real, real
 
 TEXT = "Once upon a time: é, 東京.\nThe end"
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench._folds import plan_of
+from bench._tiny_models import VARIANTS, reload, save_folder, tiny_model
 from core.errors import DataInvalid
 from core.transport.fold_folders import fold_folder, read_config, shape_of, weight_files
 from core.transport.fold_plans import FoldPlan, Variant
 from core.transport.fold_shards import read_norms
 from core.transport.unfolding import round_trip, unfold_folder, unfold_shard
-from tests.core.transport.folds import plan_of
-from tests.core.transport.models import VARIANTS, reload, save_folder, tiny_model
 
 CASES: dict[str, tuple[Variant, int | None]] = {
     "permuted alone": ("none", None),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bench._tiny_models import tiny_model
 from core.specs.transport import Capture, Gates, Permute, Refine, Rotate
 from core.transport.capture import capture
 from core.transport.checks import turn_facts
@@ -25,7 +26,6 @@ from core.transport.rotations import Rotation, RotationSet
 from core.transport.sites import Tie, groups
 from core.transport.streams import shape_of
 from tests.core.transport.held_out import LANGUAGES, TEXTS, random_rotation, read, turned
-from tests.core.transport.models import tiny_model
 
 WORDS = ("river", "castle", "garden", "market")
 TRAIN = tuple(f"{text} {word} {word[::-1]}" for text in TEXTS for word in WORDS)

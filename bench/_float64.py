@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,7 +24,7 @@ class Norm(nn.Module):
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     """Widen a model and its norms; changes it in place. Needs sdpa attention."""
     model.double()
-    found = [
+    found: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()

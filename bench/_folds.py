@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -16,17 +14,12 @@ IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(1))
 """[2, 20]: two texts for any tiny model."""
 
 
-def tiny_llm(name: str) -> Path | None:
-    """Return a real checkpoint beside the checkout, None without."""
-    folders = (parent / "shared/data/tiny_llm" / name for parent in Path(__file__).parents)
-    return next((folder for folder in folders if folder.is_dir()), None)
-
-
 def rotation(old: int, new: int, seed: int) -> Tensor:
     """Return [old, new >= old] float64, rows orthonormal."""
     random = torch.Generator().manual_seed(seed)
     square = torch.randn(new, new, dtype=torch.float64, generator=random)
-    return torch.linalg.qr(square)[0][:old].contiguous()
+    found: Tensor = torch.linalg.qr(square)[0][:old].contiguous()
+    return found
 
 
 def orders(shape: ModelShape, seed: int) -> dict[int, LayerPermutation]:

@@ -91,6 +91,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def reload(folder: Path) -> PreTrainedModel:
     """Load a folder as a user would, in the dtype it is stored in."""
-    return AutoModelForCausalLM.from_pretrained(
+    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=AutoConfig.from_pretrained(folder).dtype
-    ).eval()
+    )
+    found.eval()
+    return found
