@@ -166,7 +166,8 @@ class Gates(Closed):
         1e-3,
         gt=0,
         description="Of an exact fold: largest change of a logit over the largest logit; times 64 "
-        "where weights are of 16 bits: rounding them anew costs about 2^-9 in every block.",
+        "where weights are of 16 bits, or capture.dtype is: rounding costs about 2^-9 in every "
+        "block.",
     )
     improves: bool = Field(
         default=True,

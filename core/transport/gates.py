@@ -11,7 +11,7 @@ from core.specs.transport import Gates
 from core.transport.checks import worst_error
 
 SIXTEEN_BIT = 64.0
-"""How much more a logit may change where weights are rounded to 16 bits."""
+"""How much more a logit may change where weights, or what they compute, are of 16 bits."""
 RMS_KEPT = 1e-3
 """Most that a fold may change the RMS of the residual stream, relative; times SIXTEEN_BIT too."""
 
@@ -39,11 +39,11 @@ class FoldFacts:
     """What was measured of one folded model."""
 
     fold: str
-    """``none``: permuted alone; ``global``, ``sliced`` or ``conjugate``."""
+    """``none``: permuted alone; ``global``, ``sliced``, ``conjugate``; ``given``: made before."""
     exact: bool
     """Whether it is to compute what the model computes."""
     sixteen_bit: bool = False
-    """Whether its weights are rounded to 16 bits, or were to begin with."""
+    """Whether its weights are rounded to 16 bits, or were, or what was compared ran in them."""
     unfold_error: float | None = None
     """``unfolding.round_trip``, the worst of the shards."""
     unfold_weight: str = ""

@@ -23,6 +23,8 @@ from core.transport.polar import Polar, identity, polar, steady_signs
 from core.transport.rotation_figures import fit_figures
 from core.transport.rotations import Rotation, Unwhitened
 
+TIE = 1e-9
+"""Held-out cosines that differ by less are equal: the fewest dimensions are taken."""
 Report = Callable[[float, float], None]
 
 
@@ -267,8 +269,9 @@ def _choose_k(
         # Unnamed, so that one is gone before the next is made.
         cosine = _score(_turn(fitted.xy, frames, k, det=det), frames, held_out, scores)
         tried.append({"k": k, "held_out_cosine": cosine})
-    best = max(tried, key=lambda each: (each["held_out_cosine"], -each["k"]))
-    return int(best["k"]), tried
+    # Where the rest turns as the core would have it (joint frames), all are equal but for rounding.
+    best = max(each["held_out_cosine"] for each in tried)
+    return min(int(each["k"]) for each in tried if each["held_out_cosine"] >= best - TIE), tried
 
 
 def _score(turn: Turn, frames: Frames, on: Pooled, scores: _Scores | None) -> float:

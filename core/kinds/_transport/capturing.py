@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 ALGORITHM = 1
 """Raised when the same inputs would give other sums: what is cached under it is found no more."""
 VALIDATION = 5
-"""Every fifth training text of a block chooses k, where held-out texts are to choose it."""
+"""Every fifth training text chooses k, where held-out texts are to choose it."""
 PARTS = ("moments", "validation")
+RAW = ("states", "states_facts")
 
 
 def capture(spec: Spec, chunk: Chunk) -> ChunkResult:
@@ -34,6 +36,8 @@ def capture(spec: Spec, chunk: Chunk) -> ChunkResult:
         return ChunkResult(checkpoints=_from_states(given))
     parts = _parts(given)
     keys = {name: _key(given, rows, name) for name, rows in parts.items()}
+    if given.capture.raw and PARTS[0] in keys:
+        keys |= {name: f"{name}:{keys[PARTS[0]]}" for name in RAW}
     found = {name: chunk.cached(key) for name, key in keys.items()}
     if None not in found.values():
         return ChunkResult(checkpoints={name: one for name, one in found.items() if one})
@@ -46,13 +50,13 @@ def _parts(given: Given) -> dict[str, list[int]]:
 
     size, index = given.plan.capture.prompts_per_chunk, given.chunk.index
     block = range(index * size, (index + 1) * size)
-    mine = [row for row in training_rows(given.ledger) if row in block]
-    usable = [row for row in mine if given.ledger["prompts"][row]["pairs"]]
-    if given.spec.rotate.k != "held_out":
-        return {"moments": usable} if usable else {}
-    shown = {"moments": [], "validation": usable[VALIDATION - 1 :: VALIDATION]}
-    shown["moments"] = [row for row in usable if row not in shown["validation"]]
-    return {name: rows for name, rows in shown.items() if rows}
+    rows = training_rows(given.ledger)
+    usable = [row for row in rows if given.ledger["prompts"][row]["pairs"]]
+    chooses = {*usable[VALIDATION - 1 :: VALIDATION]} if given.spec.rotate.k == "held_out" else {}
+    fitted = [row for row in usable if row not in chooses]
+    shown = dict(zip(PARTS, (fitted, sorted(chooses)), strict=True))
+    mine = {name: [row for row in rows if row in block] for name, rows in shown.items()}
+    return {name: rows for name, rows in mine.items() if rows}
 
 
 def _key(given: Given, rows: Sequence[int], name: str) -> str:
@@ -92,13 +96,19 @@ def _compute(
             chunk.progress(done + size * part / max(whole, 1), total)
 
         # One part's sums are gone before those of the next are made.
-        made |= _run(given, models, rows, told, name=name, key=keys[name])
+        made |= _run(given, models, rows, told, name=name, keys=keys)
         done += len(rows)
     return made
 
 
 def _run(
-    given: Given, models: Sequence[Any], rows: Sequence[int], told: Any, *, name: str, key: str
+    given: Given,
+    models: Sequence[Any],
+    rows: Sequence[int],
+    told: Any,
+    *,
+    name: str,
+    keys: Mapping[str, str],
 ) -> dict[str, Produced]:
     from core.transport.capture import capture as sum_moments
     from core.transport.states import StateWriter
@@ -118,11 +128,11 @@ def _run(
         report=told,
         keep=writer,
     )
-    made = {name: _stored(given, captured, name, key, rows)}
+    made = {name: _stored(given, captured, name, keys[name], rows)}
     if writer is None or layout is None:
         return made
     writer.close()
-    return {**_beside(given, path, layout), **made}
+    return {**_beside(given, path, layout, keys), **made}
 
 
 def _layout(given: Given, pairs: Sequence[Pair], rows: Sequence[int]) -> Layout:
@@ -138,23 +148,16 @@ def _layout(given: Given, pairs: Sequence[Pair], rows: Sequence[int]) -> Layout:
     )
 
 
-def _beside(given: Given, path: Path, layout: Layout) -> dict[str, Produced]:
-    """Return a shard of states and the JSON beside it; both stay, by their own hashes."""
+def _beside(
+    given: Given, path: Path, layout: Layout, keys: Mapping[str, str]
+) -> dict[str, Produced]:
+    """Return a shard of states and the JSON beside it; both are found again as the moments are."""
     from core.transport.states import describe
 
     told = describe(path, layout, facts=_facts(given))
     beside = write_json(given.chunk.workdir / "states.json", told, format_name="states_facts")
-    digest = hashlib.sha256(beside.path.read_bytes()).hexdigest()
-    return {
-        "states": Produced(path, "state_shard", path.name, cache_key=f"states:{told['sha256']}"),
-        "states_facts": Produced(
-            beside.path,
-            beside.format,
-            beside.file_name,
-            beside.media_type,
-            cache_key=f"states_facts:{digest}",
-        ),
-    }
+    made = Produced(path, "state_shard", path.name), beside
+    return {name: replace(one, cache_key=keys[name]) for name, one in zip(RAW, made, strict=True)}
 
 
 def _facts(given: Given) -> dict[str, Any]:
@@ -188,8 +191,7 @@ def _from_states(given: Given) -> dict[str, Produced]:
     found = chunk.cached(key)
     if found is not None:
         return {PARTS[0]: found}
-    chunk.progress(0, 1)
-    captured = states.moments()
+    captured = states.moments(chunk.progress)
     return {PARTS[0]: _stored(given, captured, PARTS[0], key, range(len(states.layout.texts)))}
 
 

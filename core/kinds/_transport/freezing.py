@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from core.errors import SpecInvalid
 from core.kinds._base import Chunk, ChunkResult, Metric
 from core.kinds._files import write_json
+from core.kinds._transport.capturing import VALIDATION
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
 
@@ -23,6 +28,8 @@ def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
         layer_map=_by_cka(given) if given.plan.capture.layer_map == "cka" else None,
         report=chunk.progress,
     )
+    if given.plan.captures and spec.rotate.k == "held_out":
+        _check_chooses(told)
     totals = told["totals"]
     made = write_json(
         chunk.workdir / "ledger.json",
@@ -33,6 +40,19 @@ def ledger(spec: Spec, chunk: Chunk) -> ChunkResult:
     )
     metrics = [Metric(f"{split}_pairs", 0, float(totals[split]["pairs"])) for split in totals]
     return ChunkResult(outputs={"ledger": made}, metrics=metrics)
+
+
+def _check_chooses(told: Mapping[str, Any]) -> None:
+    """Refuse too few texts for one of them to choose k, before any is captured."""
+    from core.transport.ledger import training_rows
+
+    usable = sum(1 for row in training_rows(told) if told["prompts"][row]["pairs"])
+    if usable < VALIDATION:
+        raise SpecInvalid(
+            f"rotate.k 'held_out': {usable} training texts have paired tokens, and every "
+            f"{VALIDATION}th chooses k; needed {VALIDATION} or more, or k as a number or null",
+            pointer="/rotate/k",
+        )
 
 
 def _by_cka(given: Given) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ class Given:
         return load_model(
             folder,
             device=self.device,
-            dtype=self.plan.capture.dtype,
+            dtype=self.capture.dtype,
             placement=self.plan.capture.placement,
             maps=maps,
             offload=self.chunk.workdir / "offload",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from core.tensors.language_models import LanguageModel
     from core.transport.evaluation import Terms
     from core.transport.gates import Facts, FoldFacts
     from core.transport.pairs import Pair
@@ -83,7 +84,7 @@ def _terms(given: Given) -> Terms:
 
 def _maps(given: Given) -> dict[str, Tensor] | None:
     """Return what turns rows of a model whose stream the fold left as it was; None: it turned."""
-    if given.spec.fold.variant != "conjugate" or given.spec.folded is not None:
+    if given.folded("rotated").exact:
         return None
     return {site: one.full for one in given.rotations.rotations().values() for site in one.sites}
 
@@ -185,9 +186,11 @@ def gather(given: Given) -> Facts:
         turns = {group: turn_facts(one, seed=spec.seed) for group, one in maps.items()}
     judged = chunk.outputs("evaluate") if spec.runs("evaluate") else ()
     told = [_in_order(given, read_json(one["scores"].path)) for one in judged]
-    folds = {}
-    if given.plan.folds:
-        logits = {each["variant"]: each["logits"] for each in told}
+    folds: dict[str, FoldFacts] = {}
+    logits = {each["variant"]: each["logits"] for each in told}
+    if spec.folded is not None:
+        folds = {"rotated": given_facts(given, logits.get("rotated", {}))}
+    elif given.plan.folds:
         folds = {
             variant: fold_facts(given, variant, logits.get(variant, {}))
             for variant in given.plan.folded
@@ -217,6 +220,29 @@ def likeness(given: Given) -> list[dict[str, Any]]:
     return [] if path is None else list(read_json(path)["reports"])
 
 
+def given_facts(given: Given, logits: dict[str, Any]) -> FoldFacts:
+    """Return what can be measured of a fold that another job made."""
+    from core.transport.checks import norms_off, rope_changes
+    from core.transport.gates import FoldFacts
+
+    student, folded = given.language_model("student"), given.folded("rotated")
+    shards = [given.chunk.fetch(file.sha256) for file in folded.shards]
+    dtypes = (student.shape.dtype, folded.shape.dtype, given.capture.dtype)
+    return FoldFacts(
+        fold="given",
+        exact=folded.exact,
+        sixteen_bit=any("16" in dtype for dtype in dtypes),
+        logits_relative=logits.get("relative"),
+        rope_changes=rope_changes(*(_config(given, model) for model in (student, folded))),
+        norms_off=norms_off(shards, folded.shape) if folded.exact else None,
+    )
+
+
+def _config(given: Given, model: LanguageModel) -> Any:
+    config = next(file for file in model.files if file.name == "config.json")
+    return read_json(given.chunk.fetch(config.sha256))
+
+
 def fold_facts(given: Given, variant: str, logits: dict[str, Any]) -> FoldFacts:
     """Return what was measured of one variant's weights while they were folded."""
     from core.kinds._transport.folding import fold_plan
@@ -228,15 +254,13 @@ def fold_facts(given: Given, variant: str, logits: dict[str, Any]) -> FoldFacts:
     mine = [fact for fact in made if fact["variant"] == variant and fact["unfold"] is not None]
     worst = max(mine, key=lambda fact: fact["unfold"])
     folded = given.folded(variant)
-    configs = [
-        read_json(chunk.fetch(next(f.sha256 for f in model.files if f.name == "config.json")))
-        for model in (given.language_model("student"), folded)
-    ]
+    dtypes = (plan.shape.dtype, folded.shape.dtype, given.capture.dtype)
+    configs = [_config(given, model) for model in (given.language_model("student"), folded)]
     shards = [chunk.fetch(file.sha256) for file in folded.shards]
     return FoldFacts(
         fold=plan.variant,
         exact=plan.exact,
-        sixteen_bit="16" in folded.shape.dtype or "16" in plan.shape.dtype,
+        sixteen_bit=any("16" in dtype for dtype in dtypes),
         unfold_error=worst["unfold"],
         unfold_weight=worst["unfold_weight"],
         unfold_lost=sum(fact["lost"] for fact in mine),

@@ -68,6 +68,7 @@ class Spec(JobSpec):
     def _parts_fit(self) -> Spec:
         _check_fold(self)
         _check_given(self)
+        _check_gates(self)
         return self
 
     def runs(self, stage: StageName) -> bool:
@@ -88,6 +89,18 @@ def _check_fold(spec: Spec) -> None:
             "rotate.whiten beside until 'fold' or later: undone, a whitened map is no rotation; "
             "allowed: whiten false, or until 'rotate' to see it reported"
         )
+
+
+def _check_gates(spec: Spec) -> None:
+    """Refuse a bound on what nothing that runs measures: it would pass whatever is true."""
+    if spec.runs("evaluate") and "rotated" in spec.evaluate.variants:
+        return
+    for name in ("hidden_cosine", "rms_ratio"):
+        if getattr(spec.gates, name) is not None:
+            raise ValueError(
+                f"gates.{name} is measured on the rotated student alone; needed until 'evaluate' "
+                "and 'rotated' among evaluate.variants"
+            )
 
 
 def _check_given(spec: Spec) -> None:

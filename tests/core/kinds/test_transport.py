@@ -118,6 +118,78 @@ def test_the_same_capture_is_found_by_another_job(other_world: World) -> None:
     assert world.job(again).cache_hits == 3, "one for each block of texts"
 
 
+def test_states_are_kept_where_their_moments_were_found_too(other_world: World) -> None:
+    world = other_world
+    inputs = put_pair(world)
+    raw = {**SMALL, "raw": True}
+    first = transport(world, inputs, until="capture", capture=raw)
+    world.run()
+    again = transport(world, inputs, until="permute", capture=raw)
+    world.run()
+
+    assert world.job(again).cache_hits
+    assert world.status(again).artifacts["states"] == world.status(first).artifacts["states"]
+
+
+def test_the_texts_that_choose_k_do_not_depend_on_the_chunks(other_world: World) -> None:
+    world = other_world
+    inputs = put_pair(world)
+    jobs = [
+        transport(
+            world,
+            inputs,
+            until="rotate",
+            permute={"heads": False, "neurons": False},
+            rotate={"k": "held_out", "pca": "each"},
+            capture={**SMALL, "prompts_per_chunk": size},
+        )
+        for size in (2, 16)
+    ]
+    world.run()
+
+    told = [json.loads(world.path(job, "moments").read_text()) for job in jobs]
+    assert [sum(block["texts"] for block in one["validation"]) for one in told] == [2, 2]
+    assert [sum(block["texts"] for block in one["blocks"]) for one in told] == [11, 11]
+    turns = [world.report(job)["turns"]["global"] for job in jobs]
+    assert turns[0]["k"] == turns[1]["k"]
+
+
+def test_too_few_texts_to_choose_k_are_refused_before_the_capture(other_world: World) -> None:
+    world = other_world
+    job = transport(
+        world, put_pair(world), rotate={"k": "held_out"}, evaluate={"test_fraction": 0.8}
+    )
+    world.run()
+
+    error = world.job(job).error
+    assert error is not None
+    assert error["chunk"]["stage"] == "ledger"
+    assert "3 training texts have paired tokens" in error["message"]
+
+
+def test_models_that_compute_in_sixteen_bits_pass_as_such_weights_do(other_world: World) -> None:
+    world = other_world
+    job = transport(world, put_pair(world), capture={**SMALL, "dtype": "bfloat16"})
+    world.run()
+
+    gates = {gate["name"]: gate for gate in world.report(job)["gates"]}
+    assert gates["logits.rotated"]["bound"] == pytest.approx(64e-3)
+
+
+def test_a_given_fold_of_the_document_is_judged_as_where_it_was_made(other_world: World) -> None:
+    world = other_world
+    inputs = put_pair(world)
+    none = {"heads": False, "neurons": False}
+    whole = transport(world, inputs, fold={"variant": "conjugate"}, permute=none)
+    judged = transport(
+        world, inputs, rotations=f"{whole}/rotations", folded=f"{whole}/model", permute=None
+    )
+    world.run()
+
+    mine, theirs = world.report(judged)["scores"], world.report(whole)["scores"]
+    assert mine["rotated"] == theirs["rotated"]
+
+
 @pytest.mark.parametrize(
     "spec",
     [

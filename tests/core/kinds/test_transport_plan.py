@@ -135,6 +135,11 @@ def test_the_price_of_32b_to_3b_is_told_before_anything_is_loaded() -> None:
         ({"fold": {"variant": "square"}}, "'global', 'sliced' or 'conjugate'"),
         ({"capture": {"max_tokens": 4}}, "greater than or equal to 8"),
         ({"evaluate": {"variants": []}}, "at least 1 item"),
+        ({"until": "fold", "gates": {"hidden_cosine": 0.75}}, "on the rotated student alone"),
+        (
+            {"evaluate": {"variants": ["base"]}, "gates": {"rms_ratio": 2.0}},
+            "'rotated' among evaluate.variants",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused(spec: dict[str, Any], match: str) -> None:

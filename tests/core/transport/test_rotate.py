@@ -172,6 +172,17 @@ def test_k_by_held_out_rows_is_the_best_of_those_tried() -> None:
     assert told["sites"]["final"]["held_out_after"] == pytest.approx(best["held_out_cosine"])
 
 
+def test_where_every_k_gives_the_same_map_the_fewest_dimensions_are_taken() -> None:
+    x, y = _pair(20, 20)
+    few, many = moments_of(x[:100], y[:100]), moments_of(x[100:], y[100:])
+
+    _, told = solve({"final": few}, Rotate(k="held_out"), "final", held_out={"final": many})
+
+    scores = [each["held_out_cosine"] for each in told["tried"]]
+    assert max(scores) - min(scores) < 1e-12
+    assert told["k"] == told["tried"][0]["k"] == 4
+
+
 def test_k_by_held_out_rows_needs_them() -> None:
     with pytest.raises(SpecInvalid, match="texts to hold out"):
         _rotation(*_pair(5, 5), k="held_out")
