@@ -90,7 +90,8 @@ class Rotate(Closed):
     pca: Literal["joint", "each"] = Field(
         "joint",
         description="Leading directions of the cross-moment (PLS-SVD), which makes the map the "
-        "best of its rank; or of either model's own second moments, as the document has it.",
+        "best of its rank, and what is completed the same for every k; or of either model's own "
+        "second moments, as the document has it.",
     )
     centre: bool = Field(
         default=False,
