@@ -211,7 +211,11 @@ def solve_bytes(student: int, teacher: int, options: Rotate, *, sites: int) -> i
     pooled = int(options.centre or options.whiten or sites > 1)
     trial = int(options.k == "held_out" and bool(pooled))
     held = (pooled + trial + int(options.whiten and sites > 1)) * pair
-    return 8 * (shared + held + max(_turn(s, r, k) for k in _tried(options, least)))
+    turned = shared + held + max(_turn(s, r, k) for k in _tried(options, least))
+    # Pooling itself: the sum, one site without its means, and the sum of both.
+    apart = options.centre * ((3 if sites > 1 else 1) * pair + 2 * r * r)
+    before = pooled * pair + s * s + t * t if options.k == "held_out" else 0
+    return 8 * max(turned, apart + before)
 
 
 def _tried(options: Rotate, most: int) -> tuple[int, ...]:
@@ -243,13 +247,15 @@ def rotation_bytes(student: int, teacher: int, options: Rotate) -> int:
     return 8 * (student * max(student, teacher) + k * (student + teacher) + k * k + k + 2 * teacher)
 
 
-def refine_bytes(student: int, teacher: int) -> int:
+def refine_bytes(student: int, teacher: int, options: Rotate) -> int:
     """Return what ``refine.refine`` takes beside the rotation: ``8 (5 d_r^2 + d_s d_r)``.
 
-    The cross-moment, R^T C and its eigenvectors with their work space.
+    The cross-moment, R^T C and its eigenvectors with their work space; d_r^2 more where principal
+    directions leave reflections something to gain, which takes widths that differ.
     """
     r = max(student, teacher)
-    return 8 * (5 * r * r + student * r)
+    reflects = int(options.pca == "each" and student != teacher)
+    return 8 * ((5 + reflects) * r * r + student * r)
 
 
 def rotate_bytes(student: ModelShape, teacher: ModelShape, options: Rotate, *, sites: int) -> int:
@@ -267,7 +273,7 @@ def rotate_bytes(student: ModelShape, teacher: ModelShape, options: Rotate, *, s
     s, t, pair = student.width, teacher.width, pair_bytes(student, teacher)
     solved = solve_bytes(s, t, options, sites=sites)
     fixed = options.model_copy(update={"k": None, "shrink": 1.0})
-    after = rotation_bytes(s, t, fixed) + max(refine_bytes(s, t), 3 * pair)
+    after = rotation_bytes(s, t, fixed) + max(refine_bytes(s, t, options), 3 * pair)
     if options.k == "held_out":
         return sites * pair + max(2 * sites * pair + solved, after)
     return sites * pair + max(solved, after)

@@ -164,6 +164,12 @@ def test_what_contradicts_itself_is_refused(spec: dict[str, Any], match: str) ->
             "allowed: 0 to 63",
             "/capture/layer_map",
         ),
+        (
+            {"capture": {"layer_map": [5, 4, *[6] * 34]}},
+            {},
+            "entry 1 is 4 behind 5",
+            "/capture/layer_map",
+        ),
         ({"evaluate": {"layers": [36]}}, {}, "allowed: 0 to 35", "/evaluate/layers"),
         ({"permute": {"layers": [36]}}, {}, "allowed: 0 to 35|has 0 to 35", "/permute/layers"),
         ({}, {"student": {"adapters": True}}, "give the model that it was made from", "/student"),
