@@ -49,7 +49,7 @@ def main(
     except DataInvalid as error:
         click.echo(f"transport_cost: {error.message}", err=True)
         sys.exit(1)
-    held_out = max(1, round(texts * Evaluate().test_fraction))
+    held_out = max(1, round(texts * Evaluate().held_out))
     lines = cost.price(
         small,
         large,

@@ -265,9 +265,13 @@ def _counted(cost: Cost | None) -> list[tuple[str, str]]:
         return []
     lines = [("counted", _stage_cost(stage)) for stage in cost["stages"]]
     total = sum(stage["seconds"] for stage in cost["stages"])
-    lines.append(("in all", f"{render.duration(total)} of one device"))
+    lines.append(("in all", f"{_seconds(total)} of one device"))
     lines += [("passes", f"{model}: {tokens:,} tokens") for model, tokens in cost["passes"].items()]
     return lines + [("assumes", f"{what}: {rate}") for what, rate in cost["assumes"].items()]
+
+
+def _seconds(seconds: float) -> str:
+    return render.duration(seconds) if seconds >= 1 else "less than 1 s"
 
 
 def _stage_cost(stage: StageCost) -> str:
@@ -275,7 +279,7 @@ def _stage_cost(stage: StageCost) -> str:
         f"{stage['stage']}: {stage['operations']:.2g} operations, "
         f"{render.size(int(stage['read_bytes']))} read, "
         f"{render.size(int(stage['written_bytes']))} written, "
-        f"{render.duration(stage['seconds'])}"
+        f"{_seconds(stage['seconds'])}"
     )
 
 

@@ -12,6 +12,7 @@ Stage = Literal["capture", "permute", "rotate", "fold", "evaluate"]
 STAGES: tuple[Stage, ...] = ("capture", "permute", "rotate", "fold", "evaluate")
 HELD_OUT_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Of the smaller width, tried where k is ``held_out``."""
+TEST_FRACTION = 0.2
 Layer = Annotated[int, Field(ge=0, le=4095)]
 
 
@@ -145,14 +146,32 @@ class Evaluate(Closed):
     """What is measured on texts held out by document."""
 
     variants: tuple[Literal["base", "permuted", "rotated"], ...] = Field(
-        ("base", "permuted", "rotated"), min_length=1, max_length=3
+        ("base", "permuted", "rotated"),
+        min_length=1,
+        max_length=3,
+        description="Each once; with them 'rotated', whose logits tell whether the fold is exact.",
     )
     layers: tuple[Layer, ...] = Field(
         (), max_length=512, description="Whose hidden cosine is shown; empty: all."
     )
-    test_fraction: float = Field(
-        0.2, gt=0, lt=0.9, description="Of texts without a split, never fitted on."
+    test_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=0.9,
+        description="Of texts without a split, never fitted on; null: 0.2, or what given moments "
+        "or states were taken with.",
     )
+
+    @property
+    def held_out(self) -> float:
+        """The share in force where texts are parted."""
+        return TEST_FRACTION if self.test_fraction is None else self.test_fraction
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Evaluate:
+        if len(set(self.variants)) < len(self.variants):
+            raise ValueError("variants: the same one twice; name each once")
+        return self
 
 
 class Gates(Closed):

@@ -64,7 +64,7 @@ class Texts:
     @classmethod
     def of(cls, meta: Mapping[str, int], *, capture: Capture, evaluate: Evaluate) -> Texts:
         """Guess from the meta of ``prompts``: characters over CHARACTERS_PER_TOKEN."""
-        held_out = meta["held_out"] + round(meta["unsplit"] * evaluate.test_fraction)
+        held_out = meta["held_out"] + round(meta["unsplit"] * evaluate.held_out)
         characters = meta["characters"] / meta["prompts"] + len(capture.system_prompt)
         tokens = min(float(capture.max_tokens), characters / CHARACTERS_PER_TOKEN + 1)
         return cls(max(1, meta["prompts"] - held_out), max(1, held_out), tokens)

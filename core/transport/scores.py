@@ -43,7 +43,7 @@ class SiteScores:
         self._mean, self._subspace, self._width = mean, subspace, teacher_width
         self._cosines: list[Tensor] = []
         self._by_text = torch.zeros(2, texts, dtype=torch.float64)
-        self._rows = 0
+        self._rows = self._shuffled = 0
         self._sums: dict[str, float] = {}
         self._channels: tuple[Tensor, Tensor] | None = None
 
@@ -75,7 +75,9 @@ class SiteScores:
         seen, own = x[:, : self._width], y[:, : self._width]
         if self._width < x.shape[1]:
             self._plus("seen", _cosine(seen, own).sum())
-        self._plus("shuffled", _cosine(seen[partner], own).sum())
+        if len(x) > 1:  # a row alone has no stranger
+            self._plus("shuffled", _cosine(seen[partner], own).sum())
+            self._shuffled += len(x)
         if self._mean is not None:
             mean = padded(self._mean, y.shape[1]).to(y)
             self._plus("mean_only", _cosine(mean.expand_as(y), y).sum())
@@ -134,8 +136,9 @@ class SiteScores:
             "p5": float(torch.quantile(cosines, 0.05)) if n <= MOST_SORTED else _p5(cosines),
             **{
                 name: sums[name] / n if name in sums else None
-                for name in ("seen", "shuffled", "mean_only", "subspace")
+                for name in ("seen", "mean_only", "subspace")
             },
+            "shuffled": sums["shuffled"] / self._shuffled if self._shuffled else None,
             "difference_rms": math.sqrt(
                 sums["difference"] / max(float(self._channels[1].sum()), 1e-300)
             ),

@@ -202,7 +202,8 @@ def collect(spec: Spec, chunk: Chunk) -> ChunkResult:
     files = {name: _listed(made, name) for name in PARTS}
     if not files[PARTS[0]]:
         raise DataInvalid("prompts: no training text has a token that is paired")
-    facts = {**given.sources, "run_id": given.ledger["run_id"]}
+    facts = {name: given.ledger[name] for name in ("run_id", "test_fraction", "seed")}
+    facts |= given.sources
     whole = {
         "format": "moments",
         "version": 1,

@@ -34,11 +34,33 @@ def check(plan: Plan) -> None:
         )
     _check_layers(plan)
     _check_artifacts(plan)
-    prompts = plan.inputs["prompts"].meta
-    if prompts["prompts"] < 2:
+    _check_prompts(plan)
+
+
+def _check_prompts(plan: Plan) -> None:
+    """Refuse texts of which none could be fitted on, or none held out."""
+    told = plan.inputs["prompts"].meta
+    if told["prompts"] < 2:
         raise SpecInvalid(
             "prompts: 1 text; needed at least 2, one of them held out", pointer="/prompts"
         )
+    lacking = {0: "test", told["prompts"]: "train"}.get(told["held_out"])
+    if lacking is not None and not told["unsplit"]:
+        raise SpecInvalid(
+            f"prompts: none of the {told['prompts']} texts is of split {lacking!r}; needed some "
+            "of both, or without a split",
+            pointer="/prompts",
+        )
+    asked = plan.spec.evaluate.test_fraction
+    for name in ("moments", "states"):
+        if name in plan.inputs and asked is not None:
+            frozen = plan.inputs[name].meta["test_fraction"]
+            if asked != frozen:
+                raise SpecInvalid(
+                    f"evaluate.test_fraction {asked}: the {name} were taken with {frozen}; leave "
+                    "it out",
+                    pointer="/evaluate/test_fraction",
+                )
 
 
 def _check_layers(plan: Plan) -> None:
@@ -69,8 +91,22 @@ def _check_artifacts(plan: Plan) -> None:
                 )
     if "moments" in plan.inputs:
         _check_moments(plan)
+    if "folded" in plan.inputs:
+        _check_folded(plan)
     if "rotations" in plan.inputs and plan.folds:
         _check_rotations(plan)
+
+
+def _check_folded(plan: Plan) -> None:
+    """Refuse a folded student that cannot be this one's."""
+    folded, student = plan.inputs["folded"].meta, plan.inputs["student"].meta
+    for name in ("family", "layers", "heads", "neurons", "vocabulary", "tokenizer"):
+        if folded[name] != student[name]:
+            raise SpecInvalid(
+                f"folded: {name} {folded[name]}, and the student's is {student[name]}; give a fold "
+                "of this student",
+                pointer="/folded",
+            )
 
 
 def _check_rotations(plan: Plan) -> None:

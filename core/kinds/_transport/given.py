@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -117,7 +118,7 @@ class Given:
         """How texts without a split are drawn."""
         from core.transport.held_out import HeldOut
 
-        return HeldOut(self.spec.evaluate.test_fraction, self.spec.seed)
+        return HeldOut(self.spec.evaluate.held_out, self.spec.seed)
 
     def pairs(self, rows: Sequence[int]) -> list[Pair]:
         """Cut texts, by their rows, with both tokenizers, and align them."""
@@ -186,6 +187,14 @@ class Given:
     def sources(self) -> dict[str, str]:
         """SHA-256 of models and texts, by what they are."""
         return {name: self.chunk.input(name).sha256 for name in ("student", "teacher", "prompts")}
+
+    @property
+    def fitted_on(self) -> str:
+        """SHA-256 over the hashes of the training texts."""
+        from core.transport.ledger import training_rows
+
+        texts = [self.ledger["prompts"][row]["sha256"] for row in training_rows(self.ledger)]
+        return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
 
     def folded(self, variant: str) -> LanguageModel:
         """Return the student of a variant: the base itself, one made here, or the one given."""

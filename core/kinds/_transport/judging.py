@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from core.errors import GateFailed
+from core.errors import DataInvalid, GateFailed
 from core.kinds._base import Chunk, ChunkResult, Metric, Produced
 from core.kinds._files import read_json, write_json
 from core.kinds._transport.given import Given
 from core.kinds._transport.spec import Spec
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from core.tensors.language_models import LanguageModel
@@ -35,6 +34,7 @@ def evaluate(spec: Spec, chunk: Chunk) -> ChunkResult:
     from core.transport.ledger import held_out_rows
 
     given = Given(spec, chunk)
+    _check_unseen(given)
     variant = given.plan.judged[chunk.index]
     rows = held_out_rows(given.ledger)
     texts, languages = given.pairs(rows), [given.prompts.languages[row] for row in rows]
@@ -47,7 +47,6 @@ def evaluate(spec: Spec, chunk: Chunk) -> ChunkResult:
         texts,
         languages,
         _terms(given),
-        maps=_maps(given) if variant == "rotated" else None,
         report=chunk.progress,
     )
     told = {"variant": variant, "scores": scores, "logits": change}
@@ -82,11 +81,15 @@ def _terms(given: Given) -> Terms:
     )
 
 
-def _maps(given: Given) -> dict[str, Tensor] | None:
-    """Return what turns rows of a model whose stream the fold left as it was; None: it turned."""
-    if given.folded("rotated").exact:
-        return None
-    return {site: one.full for one in given.rotations.rotations().values() for site in one.sites}
+def _check_unseen(given: Given) -> None:
+    """Refuse to hold out texts that given rotations may have been fitted on."""
+    told = given.rotations.sources.get("fitted_on")
+    if told != given.fitted_on:
+        raise DataInvalid(
+            "rotations: fitted on other texts than those of split 'train' here, so what is held "
+            "out may be among them; give the prompts, seed and evaluate.test_fraction they were "
+            "fitted with, or their moments"
+        )
 
 
 def _logits(given: Given, student: PreTrainedModel, texts: list[Pair]) -> dict[str, Any]:

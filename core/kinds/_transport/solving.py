@@ -142,7 +142,7 @@ def _set(given: Given, maps: Any, told: dict[str, Any], means: Any) -> RotationS
         student_width=plan.student.width,
         teacher_width=plan.teacher.width,
         maps=maps,
-        sources={**given.sources},
+        sources={**given.sources, "fitted_on": given.fitted_on},
         diagnostics=told,
         means=means,
     )

@@ -68,7 +68,8 @@ class Spec(JobSpec):
     def _parts_fit(self) -> Spec:
         _check_fold(self)
         _check_given(self)
-        _check_gates(self)
+        _check_unread(self)
+        _check_judged(self)
         return self
 
     def runs(self, stage: StageName) -> bool:
@@ -91,16 +92,45 @@ def _check_fold(spec: Spec) -> None:
         )
 
 
-def _check_gates(spec: Spec) -> None:
-    """Refuse a bound on what nothing that runs measures: it would pass whatever is true."""
+def _check_judged(spec: Spec) -> None:
+    """Refuse to offer what is not looked at, and a bound on what nothing that runs measures."""
     if spec.runs("evaluate") and "rotated" in spec.evaluate.variants:
         return
+    if spec.runs("evaluate"):
+        raise ValueError(
+            "evaluate.variants without 'rotated': whether the fold left the logits unchanged would "
+            "not be seen; needed 'rotated' among them"
+        )
     for name in ("hidden_cosine", "rms_ratio"):
         if getattr(spec.gates, name) is not None:
             raise ValueError(
-                f"gates.{name} is measured on the rotated student alone; needed until 'evaluate' "
-                "and 'rotated' among evaluate.variants"
+                f"gates.{name} is measured on the rotated student; needed until 'evaluate'"
             )
+
+
+def _check_unread(spec: Spec) -> None:
+    """Refuse what is said of stages whose results are given."""
+    for given, names in {"rotations": ("rotate", "refine"), "folded": ("fold",)}.items():
+        for name in names:
+            asked = getattr(spec, name)
+            if getattr(spec, given) is not None and asked != type(asked)():
+                raise ValueError(f"{name} beside {given}: those are given; leave {name} out")
+    raw = spec.capture is not None and spec.capture.raw
+    for name in ("moments", "states", "rotations"):
+        if raw and getattr(spec, name) is not None:
+            raise ValueError(f"capture.raw beside {name}: nothing is captured; leave it false")
+    if spec.rotate.k != "held_out":
+        return
+    if raw:
+        raise ValueError(
+            "capture.raw beside rotate.k 'held_out': states of the texts that choose k are not "
+            "kept; allowed: a number or null"
+        )
+    if spec.rotate.pca == "joint":
+        raise ValueError(
+            "rotate.k 'held_out' beside rotate.pca 'joint': the whole rotation is the same for "
+            "every k there, so none is better; allowed: pca 'each'"
+        )
 
 
 def _check_given(spec: Spec) -> None:

@@ -157,7 +157,10 @@ def test_the_texts_that_choose_k_do_not_depend_on_the_chunks(other_world: World)
 def test_too_few_texts_to_choose_k_are_refused_before_the_capture(other_world: World) -> None:
     world = other_world
     job = transport(
-        world, put_pair(world), rotate={"k": "held_out"}, evaluate={"test_fraction": 0.8}
+        world,
+        put_pair(world),
+        rotate={"k": "held_out", "pca": "each"},
+        evaluate={"test_fraction": 0.8},
     )
     world.run()
 
@@ -195,7 +198,7 @@ def test_a_given_fold_of_the_document_is_judged_as_where_it_was_made(other_world
     [
         {"fold": {"variant": "sliced"}, "rotate": {"tie": "layer"}},
         {"fold": {"variant": "sliced"}, "rotate": {"tie": "stage", "stage_layers": 2}},
-        {"rotate": {"k": "held_out", "pca": "joint", "det": "positive"}},
+        {"rotate": {"k": "held_out", "pca": "each", "det": "positive"}},
         {"rotate": {"shrink": 0.5, "centre": True}, "refine": {"reflections": 0}},
         {"capture": {**SMALL, "layer_map": "cka", "token_weights": "text"}},
         {"capture": {**SMALL, "layer_map": [0, 0, 2], "alignment": "span_average"}},
@@ -258,6 +261,21 @@ def test_a_missed_gate_fails_the_job_and_keeps_the_report(
     assert {"report", "report_md", "rotation_ledger"} <= set(offered)
     assert "model" not in offered
     assert "model_permuted" not in offered
+
+
+def test_rotations_are_not_judged_on_texts_they_were_fitted_on(other_world: World) -> None:
+    world = other_world
+    inputs = put_pair(world)
+    fitted = transport(world, inputs, until="rotate")
+    again = transport(world, inputs, rotations=f"{fitted}/rotations")
+    other_split = transport(world, inputs, rotations=f"{fitted}/rotations", seed=7)
+    world.run()
+
+    assert world.job(again).state == "succeeded", world.job(again).error
+    error = world.job(other_split).error
+    assert error is not None
+    assert error["code"] == "data_invalid"
+    assert "fitted on other texts" in error["message"]
 
 
 def test_held_out_texts_are_those_that_say_so(other_world: World) -> None:
