@@ -72,7 +72,7 @@ LARGE = {
 def test_a_group_holds_the_moments_of_all_its_sites() -> None:
     whole = _needs({"until": "rotate"}, **LARGE)
     layer = _needs({"until": "rotate", "rotate": {"tie": "layer"}}, **LARGE)
-    trial = _needs({"until": "rotate", "rotate": {"k": "held_out"}}, **LARGE)
+    trial = _needs({"until": "rotate", "rotate": {"k": "held_out", "pca": "each"}}, **LARGE)
 
     pair = 8 * (2048**2 + 5120**2 + 2048 * 5120)
     assert 73 * pair < whole["rotate"] < 73 * pair + 4 * GIB
